@@ -1,0 +1,1 @@
+"""Lightning callbacks that every method of the zoo can use."""

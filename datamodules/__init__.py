@@ -1,0 +1,1 @@
+"""Data modules of the method zoo and the generators behind them."""
