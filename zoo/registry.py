@@ -167,7 +167,9 @@ def load(entry: Entry) -> Any:
     except AttributeError as error:
         raise UsageError(f"cannot use {owner}: {error}", "the entry point names something that is not there") from error
     except Exception as error:
-        raise UsageError(f"cannot import {owner}: {type(error).__name__}: {error}", f"reported by {entry.dist}") from error
+        raise UsageError(
+            f"cannot import {owner}: {type(error).__name__}: {error}", f"reported by {entry.dist}"
+        ) from error
 
 
 def install_hint(entry: Entry, missing: str) -> str:

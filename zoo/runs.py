@@ -1,0 +1,229 @@
+"""A run lives in one directory: `runs/<method>/<config>/<time>-<id>/`.
+
+It holds `config.yaml` (replays the run), `run.json` (identity), `metrics.csv`, `summary.json`, `checkpoints/`,
+`figures/` and `wandb/`. All ranks agree on it, two jobs never write to the same one, and a resume goes on in it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import re
+import secrets
+import subprocess
+import time
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+from zoo.errors import UsageError
+
+#: Set by the first process for the ranks that it launches.
+RUN_DIR_VARIABLE = "ZOO_RUN_DIR"
+
+SCHEMA_VERSION = 1
+
+REPORTED_VERSIONS = ("method-zoo", "torch", "torchvision", "lightning", "transformers", "timm", "torchmetrics", "numpy")
+
+
+@dataclass
+class RunResult:
+    """What a finished command leaves.
+
+    Attributes:
+        run_dir: Directory of the run.
+        metrics: Final metrics by name, as in `summary.json`.
+        model: The LightningModule, where the run happened in this process.
+        trainer: The Trainer, likewise.
+        exit_code: 0, or the exit code that the command line gives.
+    """
+
+    run_dir: Path
+    metrics: dict[str, float] = field(default_factory=dict)
+    model: Any = None
+    trainer: Any = None
+    exit_code: int = 0
+
+
+def slug(name: str) -> str:
+    """Return `name` as one harmless path component."""
+    return re.sub(r"[^A-Za-z0-9_+=.-]+", "_", name).strip("._") or "run"
+
+
+def global_rank() -> int:
+    """Rank of this process as the launcher announced it; 0 for a process that nobody launched."""
+    for variable in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        # an interactive SLURM shell also has SLURM_PROCID, but no tasks
+        if variable in os.environ and (variable != "SLURM_PROCID" or os.environ.get("SLURM_NTASKS", "1") != "1"):
+            return int(os.environ[variable])
+    return 0
+
+
+def shared_id() -> str | None:
+    """An id that all processes of one externally launched job can compute for themselves, or None.
+
+    Raises:
+        UsageError: Under a multi-node torchrun without `--rdzv-id`.
+    """
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        return f"slurm-{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_STEP_ID', '0')}"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        run_id = os.environ["TORCHELASTIC_RUN_ID"]
+        if run_id != "none":
+            return f"torchrun-{slug(run_id)}"
+        if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+            raise UsageError(
+                "several nodes need a name for the run that all of them know", "give --run_dir, or torchrun --rdzv-id"
+            )
+        return f"torchrun-{os.getppid()}-{os.environ.get('MASTER_PORT', '0')}"
+    return None
+
+
+def choose_run_dir(method: str, config: str) -> Path:
+    """Return the directory of a new run; ranks started by a launcher all get the same one."""
+    if RUN_DIR_VARIABLE in os.environ:
+        return Path(os.environ[RUN_DIR_VARIABLE])
+    name = shared_id() or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    return Path("runs") / slug(method) / slug(config) / name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the mapping in a JSON file, `{}` where there is none.
+
+    Raises:
+        UsageError: If the file is not a JSON mapping.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} does not hold a mapping")
+    return content
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` aside and rename it, so that a reader or a kill never sees half a file."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+class RunDirectory:
+    """The directory of one run, claimed by one job.
+
+    Args:
+        path: The directory; created by rank zero.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self._lock: IO[str] | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What `run.json` says."""
+        return read_json(self.path / "run.json")
+
+    def claim(self, method: str, config: str, resume: bool) -> None:
+        """Create or take over the directory for this process.
+
+        Raises:
+            UsageError: If it holds another run, or another process is using it, or it cannot be written.
+        """
+        known = self.identity
+        if known and not resume and (known["method"], known["config"]) != (method, config):
+            raise UsageError(
+                f"run directory {self.path} belongs to {known['method']} with config {known['config']}, not to {method} with {config}",
+                "choose another --run_dir",
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("a")
+        except OSError as error:
+            raise UsageError(
+                f"cannot write to run directory {self.path}: {error.strerror}", "choose another --run_dir"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(
+                f"another job is running in {self.path}", "choose another --run_dir, or wait for it"
+            ) from error
+        if not known:
+            identity = {"schema": SCHEMA_VERSION, "id": secrets.token_hex(4), "method": method, "config": config}
+            identity["created"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            write_atomically(self.path / "run.json", json.dumps(identity, indent=1))
+
+    def release(self) -> None:
+        """Let another job use the directory; a killed process releases it as well."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def save_config(self, text: str, resume: bool) -> Path:
+        """Write the config that replays this run: `config.yaml`, on a resume `config.resume-<n>.yaml`."""
+        path = self.path / "config.yaml"
+        if resume:
+            n = 1 + len(list(self.path.glob("config.resume-*.yaml")))
+            path = self.path / f"config.resume-{n}.yaml"
+        write_atomically(path, text)
+        return path
+
+    def add_summary(self, stage: str, status: str, metrics: dict[str, float], facts: dict[str, Any]) -> None:
+        """Merge the outcome of one stage into `summary.json`."""
+        summary = read_json(self.path / "summary.json")
+        summary |= {k: v for k, v in self.identity.items() if k in ("method", "config", "id")}
+        summary["metrics"] = {**summary.get("metrics", {}), **metrics}
+        summary["stages"] = {**summary.get("stages", {}), stage: {"status": status, **facts}}
+        summary["seconds"] = sum(s.get("seconds", 0.0) for s in summary["stages"].values())
+        summary |= {"versions": versions(), "commit": commit(), "hardware": hardware()}
+        write_atomically(self.path / "summary.json", json.dumps(summary, indent=1))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides about numbers."""
+    out = {"python": platform.python_version()}
+    for name in REPORTED_VERSIONS:
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return out
+
+
+def commit() -> str:
+    """Commit of the checkout that the code runs from, with `+` if files differ from it; `""` outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        head = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return head.stdout.strip()
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores and accelerators of this machine."""
+    import torch
+
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), flags=re.MULTILINE)
+        model = names[0] if names else model
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
