@@ -21,7 +21,7 @@ class Card:
         summary: One line, at most 100 characters, without a full stop.
         arxiv: arXiv identifier such as `"2306.07483"`, or `""`.
         year: Year of the publication.
-        batch: Import path of the `TypedDict` that the training step takes, e.g. `"datamodules.images.SemiSupervisedBatch"`.
+        batch: Import path of the `TypedDict` that the training step takes: `"datamodules.images.ImageBatch"`.
         kind: A few words: `"vision, semi-supervised"`.
         links: Facts that the datamodule provides to the constructor: `{"num_classes": "num_classes"}` gives the
             datamodule attribute on the right to the constructor argument on the left. The attribute must be there

@@ -229,7 +229,7 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def override(option: str, text: str | None) -> dict[str, Any]:
-    """Return the config fragment of one command-line option: `model.lr`, `"0.1"` -> `{model: {init_args: {lr: 0.1}}}`."""
+    """Return the config fragment of one option: `model.lr`, `"0.1"` -> `{model: {init_args: {lr: 0.1}}}`."""
     where = f"--{option}"
     value = True if text is None else parse_yaml(text, where) if text != "" else ""
     parts = option.split(".")

@@ -145,7 +145,8 @@ class RunDirectory:
         known = self.identity
         if known and not resume and (known["method"], known["config"]) != (method, config):
             raise UsageError(
-                f"run directory {self.path} belongs to {known['method']} with config {known['config']}, not to {method} with {config}",
+                f"run directory {self.path} belongs to {known['method']} with config {known['config']}, "
+                f"not to {method} with {config}",
                 "choose another --run_dir",
             )
         try:

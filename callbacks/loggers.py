@@ -1,0 +1,178 @@
+"""Loggers of a run: a CSV file that a resume continues, and W&B that never asks, hangs or stops the training."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
+
+from zoo.runs import RUN_DIR_VARIABLE, read_json, write_atomically
+
+
+def run_directory(save_dir: str | None) -> Path:
+    """Return `save_dir`, or the directory of the present run."""
+    return Path(save_dir or os.environ.get(RUN_DIR_VARIABLE, "."))
+
+
+class RunCSVLogger(Logger):
+    """Writes `metrics.csv` with one row a logged step; a resumed run drops the rows after its checkpoint and goes on.
+
+    Rows are kept in memory and written every `flush_every_n_rows` rows, before each checkpoint and at the end, so that the
+    file on the disk never lags behind the newest checkpoint.
+
+    Args:
+        save_dir: Directory of the file; the run's directory if None.
+        flush_every_n_rows: Rows between two writes.
+    """
+
+    def __init__(self, save_dir: str | None = None, flush_every_n_rows: int = 200) -> None:
+        super().__init__()
+        self._dir = run_directory(save_dir)
+        self._every = flush_every_n_rows
+        self._rows: list[dict[str, float | int | str]] = []
+        self._written = 0
+        self._keys: list[str] = ["step"]
+        self._loaded = False
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._dir / "metrics.csv"
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """The config of the run is in `config.yaml`."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self._load()
+        step = 0 if step is None else step
+        row: dict[str, float | int | str] = {"step": step, **{k: float(v) for k, v in metrics.items()}}
+        self._keys += [key for key in row if key not in self._keys]
+        self._rows.append(row)
+        if len(self._rows) - self._written >= self._every:
+            self.save()
+
+    def _load(self) -> None:
+        """Take over what an earlier part of this run, or its `fit`, has written."""
+        if self._loaded:
+            return
+        self._loaded = True
+        if not self.path.is_file():
+            return
+        with self.path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            self._keys += [key for key in reader.fieldnames or [] if key not in self._keys]
+            rows = [{k: v for k, v in row.items() if v} for row in reader]
+        self._rows = [{**row, "step": int(row["step"])} for row in rows]
+        self._written = len(self._rows)
+
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Drop the rows of steps after `step`: the training is going to repeat them."""
+        self._load()
+        self._rows = [row for row in self._rows if int(row["step"]) < step]
+        self._written = -1
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write all rows; a full disk is reported and does not stop the training."""
+        if self._written == len(self._rows) or not self._loaded:
+            return
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, self._keys, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._rows)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, buffer.getvalue())
+            self._written = len(self._rows)
+        except OSError as error:
+            print(f"warning: {self.path} could not be written ({error.strerror}); the rows are kept", file=sys.stderr)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.save()
+
+
+class RunWandbLogger(WandbLogger):
+    """W&B in the directory of the run, offline unless `--wandb online` or `WANDB_MODE` says otherwise.
+
+    The id is that of the run, so that a resume continues the same W&B run. Nothing is asked, and neither a missing
+    account nor an unreachable network stops the training: the data stay in `wandb/` for `wandb sync`.
+
+    Args:
+        project: W&B project.
+        group: W&B group, e.g. the seeds of one experiment.
+        tags: W&B tags.
+        notes: W&B notes.
+    """
+
+    def __init__(
+        self,
+        project: str = "method-zoo",
+        group: str | None = None,
+        tags: list[str] | None = None,
+        notes: str | None = None,
+    ) -> None:
+        self._run_dir = run_directory(None)
+        identity = read_json(self._run_dir / "run.json")
+        name = "-".join(str(identity[key]) for key in ("method", "config", "id") if key in identity) or None
+        self._offline_reason = ""
+        mode = os.environ.get("WANDB_MODE", "offline")
+        super().__init__(
+            name=name, save_dir=str(self._run_dir), id=identity.get("id"), project=project, group=group, tags=tags,
+            notes=notes, offline=mode == "offline", resume="allow" if mode == "online" else None,
+        )  # fmt: skip
+        self._mode = mode
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is None:
+            self._start()
+        return super().experiment
+
+    def _start(self) -> None:
+        """Start W&B; where online does not work, go on offline and say so."""
+        import wandb
+
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        self._wandb_init["mode"] = self._mode
+        settings = wandb.Settings(
+            console="off", silent=True, init_timeout=30, disable_git=True, x_disable_stats=self._mode == "disabled"
+        )
+        self._wandb_init["settings"] = settings
+        if self._mode != "online":
+            return
+        if not wandb.api.api_key:
+            self._go_offline("no account is configured: wandb login")
+            return
+        try:
+            self._experiment = wandb.init(**self._wandb_init)
+        except (wandb.errors.Error, OSError, TimeoutError) as error:
+            self._go_offline(str(error).splitlines()[0])
+
+    def _go_offline(self, reason: str) -> None:
+        print(
+            f"warning: W&B is not reachable ({reason}); logging offline, later: wandb sync {self._run_dir}/wandb/offline-run-*",
+            file=sys.stderr,
+        )
+        self._wandb_init |= {"mode": "offline", "resume": None}
+        self._offline = True

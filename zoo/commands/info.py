@@ -1,0 +1,57 @@
+"""one method in a page: paper, options, configs, measured claims"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from zoo import registry
+from zoo.config import shipped_configs
+from zoo.explain import option_table, options_of
+
+
+def main(argv: list[str]) -> int:
+    """Print what is known about a registered name, without importing it."""
+    parser = argparse.ArgumentParser(prog="zoo info", description="What a method, datamodule or callback is and takes.")
+    parser.add_argument("name", help="a name from `zoo list`")
+    args = parser.parse_args(argv)
+    entry = lookup(args.name)
+    doc, options = options_of(entry)
+    card = registry.read_card(entry)
+    print(f"{entry.name}  ({entry.group}, {entry.dist} {entry.version})")
+    if card:
+        paper = f"{card.get('title', '')}" + (f", arXiv {card['arxiv']}" if card.get("arxiv") else "")
+        print(f"paper    {paper}, {card.get('year', '')}".rstrip(", "))
+        print(f"summary  {card.get('summary', '')}")
+        for key in ("kind", "batch", "extra"):
+            if card.get(key):
+                print(f"{key:<8} {card[key]}")
+    print(f"class    {entry.class_path}")
+    if doc:
+        print(f"\n{doc}")
+    configs = [name for name in sorted(shipped_configs()) if name.startswith(f"{entry.name}/")]
+    if configs:
+        print("\nconfigs  " + "\n         ".join(configs))
+    print_claims(entry.name)
+    print(f"\noptions (--{'model' if entry.group == 'methods' else 'data'}.NAME VALUE):")
+    print(option_table(options), end="")
+    return 0
+
+
+def lookup(name: str) -> registry.Entry:
+    """Return the entry of a name in the first group that has it; methods come first."""
+    for group in ("methods", "datamodules", "callbacks", "loggers"):
+        if any(e.name == name.rpartition(":")[2] for e in registry.entries(group)):
+            return registry.find(group, name)
+    return registry.find("methods", name)
+
+
+def print_claims(name: str) -> None:
+    """Print the measured claims of a method, where the results are at hand."""
+    for path in sorted((Path(__file__).parents[2] / "results").glob(f"{name}.*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        print(f"\nclaims   ({result['scale']} scale, {len(result['seeds'])} seeds)")
+        for claim in result["claims"]:
+            verdict = "holds" if claim["holds"] else "FAILS"
+            print(f"  {claim['id']:<36} {claim['mean']:+.4f} (margin {claim['margin']:+.4f})  {verdict}")

@@ -1,0 +1,80 @@
+"""what is registered: methods, datamodules, callbacks, loggers, configs, commands"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from collections import Counter
+
+from zoo import registry
+from zoo.config import shipped_configs
+
+
+def main(argv: list[str]) -> int:
+    """Print the registry as a table, or as JSON with `--json`."""
+    parser = argparse.ArgumentParser(
+        prog="zoo list", description="What is registered, and what cannot be used and why."
+    )
+    parser.add_argument("group", nargs="?", choices=[*registry.GROUPS], help="only this group")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    args = parser.parse_args(argv)
+    rows = [row(entry) for entry in mark_clashes(registry.entries(args.group)) if entry.group != "configs"]
+    configs = sorted(shipped_configs()) if args.group in (None, "configs") else []
+    if args.json:
+        print(json.dumps({"entries": rows, "configs": configs}, indent=1))
+        return 0
+    for group in registry.GROUPS:
+        members = [r for r in rows if r["group"] == group]
+        if members:
+            print(f"{group}:")
+        for r in members:
+            source = "" if r["dist"] == registry.OWN_DISTRIBUTION else f"  [{r['dist']} {r['version']}]"
+            problem = f"  NOT USABLE: {r['problem']}" if r["problem"] else ""
+            print(f"  {r['name']:<24} {r['summary']}{source}{problem}".rstrip())
+    if configs:
+        print("configs:")
+        for name in configs:
+            print(f"  {name}")
+    return 0
+
+
+def mark_clashes(entries: list[registry.Entry]) -> list[registry.Entry]:
+    """Say of names that several distributions register how to choose one."""
+    from dataclasses import replace
+
+    counts = Counter((e.group, e.name) for e in entries if not e.problem and e.group != "configs")
+    return [
+        replace(e, problem=f"several distributions register it; write {e.dist}:{e.name}")
+        if counts[e.group, e.name] > 1
+        else e
+        for e in entries
+    ]
+
+
+def row(entry: registry.Entry) -> dict[str, str]:
+    """Return one line of the table; what can be seen without an import is seen."""
+    card = registry.read_card(entry) if entry.group == "methods" and not entry.problem else {}
+    problem = entry.problem or missing_module(entry)
+    summary = str(card.get("summary", ""))
+    if card.get("arxiv"):
+        summary += f" (arXiv {card['arxiv']})"
+    return {
+        "group": entry.group, "name": entry.name, "summary": summary, "class": entry.class_path,
+        "dist": entry.dist, "version": entry.version, "problem": problem,
+    }  # fmt: skip
+
+
+def missing_module(entry: registry.Entry) -> str:
+    """Say when the module that an entry names is not there."""
+    module = entry.value.partition(":")[0]
+    if registry.source_path(module) is not None:
+        return ""
+    try:
+        top = importlib.util.find_spec(module.split(".")[0])
+    except (ImportError, ValueError):
+        top = None
+    # a compiled or zipped module has no source file to look at
+    if top is not None and "." not in module and top.origin:
+        return ""
+    return f"module {module} is not there; pip install --force-reinstall {entry.dist}"

@@ -1,0 +1,278 @@
+"""One run from its checked config to its summary: directory, LightningCLI, trainer, outcome."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from zoo import runs
+from zoo.card import ZOO_API
+from zoo.cli import display_name, links, replayable
+from zoo.config import Layers
+from zoo.errors import UsageError
+from zoo.options import Options
+
+#: Strategies that shard a checkpoint write it themselves.
+SHARDED = ("fsdp", "deepspeed", "ModelParallel", "FSDP")
+
+
+class Stamp(pl.Callback):
+    """Writes into every checkpoint what it belongs to, so that it can be used without its config file.
+
+    Args:
+        config: The replayable config of the run.
+        method: Registered name of the method.
+    """
+
+    def __init__(self, config: Mapping[str, Any], method: str) -> None:
+        self.config, self.method = config, method
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        kept = json.loads(json.dumps({key: self.config[key] for key in ("model", "data")}))
+        version = int(getattr(pl_module, "version", 1))
+        checkpoint["zoo"] = {"api": ZOO_API, "method": self.method, "method_version": version, "config": kept}
+
+
+class ZooCLI(LightningCLI):
+    """LightningCLI for classes that are known already and a config that is checked already."""
+
+    def __init__(
+        self, command: str, config: Mapping[str, Any], classes: Mapping[str, type], extra: list[pl.Callback]
+    ) -> None:
+        self.command, self.extra = command, extra
+        self.run_dir = Path(os.environ[runs.RUN_DIR_VARIABLE])
+        parsed = {
+            "seed_everything": config["seed_everything"],
+            "trainer": config["trainer"],
+            "model": config["model"].get("init_args", {}),
+            "data": config["data"].get("init_args", {}),
+        }
+        super().__init__(
+            model_class=classes["model"],
+            datamodule_class=classes["data"],
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False, command: {"exit_on_error": False}},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args={"subcommand": command, command: parsed},
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        return {self.command: LightningCLI.subcommands()[self.command]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for argument, fact in links(self._model_class).items():
+            parser.link_arguments(f"data.{fact}", f"model.{argument}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_object(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """The checkpoint is a layer of the config already, below everything the user gave."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        trainer = self._get(self.config_init, "trainer")
+        plugins = trainer.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(word in str(trainer.get("strategy")) for word in SHARDED):
+            from callbacks.atomic_checkpoint_io import AtomicCheckpointIO
+
+            plugins = [*plugins, AtomicCheckpointIO()]
+        root = str(self.run_dir)
+        built = super().instantiate_trainer(default_root_dir=root, plugins=plugins or None, **kwargs)
+        built.callbacks.extend(self.extra)  # type: ignore[attr-defined]
+        return built
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """The job runs it, with the trainer at hand when it fails."""
+
+
+class Job:
+    """One call of a trainer command.
+
+    Args:
+        options: The call.
+        layers: The checked config.
+        classes: Model and data class.
+        checkpoint: Checkpoint to start from.
+    """
+
+    def __init__(self, options: Options, layers: Layers, classes: Mapping[str, type], checkpoint: Path | None) -> None:
+        self.options, self.layers, self.classes, self.checkpoint = options, layers, classes, checkpoint
+        self.config = replayable(layers.merged)
+        self.method = display_name("methods", self.config["model"]["class_path"])
+        self.cli: ZooCLI | None = None
+
+    def run(self) -> runs.RunResult:
+        """Run it; the directory and the environment are released whatever happens."""
+        path, continues = self._directory()
+        directory = runs.RunDirectory(path)
+        rank_zero = runs.global_rank() == 0
+        if rank_zero:
+            directory.claim(self.method, self._config_name(directory), continues)
+            if not (continues and self.options.command != "fit"):
+                resumed = continues and (directory.path / "config.yaml").exists()
+                directory.save_config(yaml.safe_dump(self.config, sort_keys=False), resumed)
+        mode = self.options.wandb or os.environ.get("WANDB_MODE") or "offline"
+        try:
+            with environment({runs.RUN_DIR_VARIABLE: str(directory.path), "WANDB_MODE": mode}):
+                return self._run_in(directory, rank_zero)
+        finally:
+            directory.release()
+
+    def _directory(self) -> tuple[Path, bool]:
+        """Return the directory of the run and whether the run exists already."""
+        options = self.options
+        if options.resume is not None:
+            if options.run_dir is not None and Path(options.run_dir).resolve() != Path(options.resume).resolve():
+                raise UsageError("--resume goes on in the directory of the run", "leave out --run_dir")
+            return Path(options.resume), True
+        if options.run_dir is not None:
+            known = (Path(options.run_dir) / "config.yaml").is_file()
+            if known and options.command == "fit" and runs.global_rank() == 0:
+                raise UsageError(
+                    f"{options.run_dir} already holds a run",
+                    f"go on with it by --resume {options.run_dir}, or choose another --run_dir",
+                )
+            return Path(options.run_dir), known
+        if options.command != "fit" and self.checkpoint is not None:
+            owner = self.checkpoint.resolve().parent.parent
+            if (owner / "run.json").is_file():
+                return owner, True
+        return runs.choose_run_dir(self.method, self._config_name(None)), False
+
+    def _config_name(self, directory: runs.RunDirectory | None) -> str:
+        known = directory.identity.get("config") if directory else None
+        if known and (self.options.resume or self.options.command != "fit"):
+            return str(known)
+        return runs.slug(Path(self.options.configs[0]).stem) if self.options.configs else "custom"
+
+    def _run_in(self, directory: runs.RunDirectory, rank_zero: bool) -> runs.RunResult:
+        started, status, code = time.perf_counter(), "failed", 1
+        try:
+            self._build()
+            if rank_zero:
+                self._announce(directory)
+            self._call()
+            status, code = "finished", 0
+            code = int(getattr(self.cli.trainer, "zoo_exit_code", 0)) if self.cli else 0
+            status = "stopped" if code else status
+        except KeyboardInterrupt:
+            status, code = "stopped", 130
+        except SystemExit as stop:
+            # Lightning turns a keyboard interrupt into an exit
+            status, code = "stopped", 130 if stop.code in (1, None) else int(stop.code or 0)
+        except UsageError:
+            raise
+        except Exception as error:
+            self._explain(error, directory)
+        finally:
+            seconds = time.perf_counter() - started
+            if rank_zero:
+                self._summarise(directory, status, seconds)
+        trainer, model = (
+            (self.cli.trainer, self.cli.model) if self.cli and hasattr(self.cli, "trainer") else (None, None)
+        )
+        metrics = runs.read_json(directory.path / "summary.json").get("metrics", {})
+        return runs.RunResult(directory.path, metrics, model, trainer, code)
+
+    def _build(self) -> None:
+        extra: list[pl.Callback] = [Stamp(self.config, self.method)]
+        try:
+            self.cli = ZooCLI(self.options.command, self.config, self.classes, extra)
+        except UsageError:
+            raise
+        except (ValueError, TypeError, FileNotFoundError, RuntimeError) as error:
+            message = str(error).split("\n")[0]
+            raise UsageError(
+                f"{self.method}: {message}", "nothing was started", detail=traceback.format_exc()
+            ) from error
+
+    def _call(self) -> None:
+        if self.cli is None:
+            raise RuntimeError("the trainer was not built")
+        kwargs: dict[str, Any] = {"model": self.cli.model, "datamodule": self.cli.datamodule}
+        kwargs["ckpt_path"] = str(self.checkpoint) if self.checkpoint else None
+        getattr(self.cli.trainer, self.options.command)(**kwargs)
+
+    def _explain(self, error: Exception, directory: runs.RunDirectory) -> None:
+        """Turn what the user can mend into a sentence; raise everything else as it is."""
+        first = str(error).split("\n")[0]
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in first:
+            sizes = {k: v for k, v in self.config["data"].get("init_args", {}).items() if "batch_size" in k}
+            raise UsageError(
+                f"out of memory with data.init_args {sizes}: {first}",
+                "halve it with --trainer.accumulate_grad_batches 2, or use --trainer.precision bf16-mixed",
+            ) from error
+        if isinstance(error, RuntimeError) and "loading state_dict" in first:
+            detail = str(error).split("\n")
+            raise UsageError(
+                f"{self.checkpoint} does not fit this config: {detail[1].strip() if len(detail) > 1 else first}",
+                "use the options that the checkpoint was trained with", detail=str(error),
+            ) from error  # fmt: skip
+        if isinstance(error, FileNotFoundError | ValueError) and _raised_in(
+            error.__traceback__, ("prepare_data", "setup")
+        ):
+            raise UsageError(f"{self.method}: {first}", "", detail=traceback.format_exc()) from error
+        raise error
+
+    def _announce(self, directory: runs.RunDirectory) -> None:
+        print(f"run directory: {os.path.relpath(directory.path)}", file=sys.stderr)
+        if self.checkpoint:
+            print(f"starting from: {os.path.relpath(self.checkpoint)}", file=sys.stderr)
+
+    def _summarise(self, directory: runs.RunDirectory, status: str, seconds: float) -> None:
+        metrics: dict[str, float] = {}
+        facts: dict[str, Any] = {"seconds": round(seconds, 3)}
+        trainer = getattr(self.cli, "trainer", None)
+        if trainer is not None:
+            metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+            facts |= {"step": trainer.global_step, "epoch": trainer.current_epoch}
+            for callback in trainer.callbacks:
+                if hasattr(callback, "facts"):
+                    facts |= callback.facts()
+        try:
+            directory.add_summary(self.options.command, status, metrics, facts)
+        except OSError as error:
+            print(f"warning: summary.json could not be written: {error.strerror}", file=sys.stderr)
+
+
+def _raised_in(trace: TracebackType | None, functions: tuple[str, ...]) -> bool:
+    while trace is not None:
+        if trace.tb_frame.f_code.co_name in functions and "lightning" not in trace.tb_frame.f_globals.get(
+            "__name__", ""
+        ):
+            return True
+        trace = trace.tb_next
+    return False
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for a while; child processes see them."""
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, old in before.items():
+            if old is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = old
