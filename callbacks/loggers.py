@@ -155,6 +155,8 @@ class RunWandbLogger(WandbLogger):
 
         self._run_dir.mkdir(parents=True, exist_ok=True)
         self._wandb_init["mode"] = self._mode
+        # Lightning passes it, W&B removed it
+        self._wandb_init.pop("anonymous", None)
         settings = wandb.Settings(
             console="off", silent=True, init_timeout=30, disable_git=True, x_disable_stats=self._mode == "disabled"
         )

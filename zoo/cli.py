@@ -61,6 +61,9 @@ def compose(options: Options) -> tuple[Layers, Path | None]:
     """Return the config of a call, with what a resumed run or a checkpoint brings at the bottom, and the checkpoint."""
     typed = load_layers(options.configs, options.overrides)
     layers, checkpoint = Layers(), None
+    evaluates = options.command != "fit" and options.run_dir and not typed.merged.get("ckpt_path")
+    if evaluates and (Path(str(options.run_dir)) / "config.yaml").is_file():
+        options.resume = options.run_dir
     if options.resume is not None:
         run_dir = Path(options.resume)
         if not (run_dir / "config.yaml").is_file():
@@ -73,6 +76,10 @@ def compose(options: Options) -> tuple[Layers, Path | None]:
         layers.add(stored, str(run_dir / "config.yaml"))
         _report("this resume differs from the run", differences(stored, typed.merged))
         checkpoint = newest_readable(run_dir)
+        if checkpoint is None and options.command == "fit":
+            print(f"note: {run_dir} has no checkpoint yet; starting from the beginning", file=sys.stderr)
+        if checkpoint is None and options.command != "fit":
+            raise UsageError(f"{run_dir} has no checkpoint to {options.command}", "fit it first")
     elif typed.merged.get("ckpt_path"):
         checkpoint = Path(typed.merged["ckpt_path"])
         stored = checkpoint_config(checkpoint, typed.merged)
@@ -100,7 +107,6 @@ def newest_readable(run_dir: Path) -> Path | None:
         print(f"warning: {path} is damaged; trying the one before", file=sys.stderr)
     if found:
         raise UsageError(f"none of the {len(found)} checkpoints in {run_dir / 'checkpoints'} can be read")
-    print(f"note: {run_dir} has no checkpoint yet; starting from the beginning", file=sys.stderr)
     return None
 
 
@@ -136,9 +142,8 @@ def checkpoint_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("model", "data"):
         ours, theirs = config.get(key, {}).get("class_path"), stored.get(key, {}).get("class_path")
         if key == "model" and ours and theirs and ours != theirs:
-            raise UsageError(
-                f"--ckpt_path {path} is of {display_name('methods', theirs)}, the config is of {display_name('methods', ours)}"
-            )
+            of, given = display_name("methods", theirs), display_name("methods", ours)
+            raise UsageError(f"--ckpt_path {path} is of {of}, the config is of {given}")
     kept = {key: stored[key] for key in ("model", "data") if key in stored}
     return migrate(kept, content)
 

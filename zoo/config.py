@@ -24,10 +24,8 @@ TOP_LEVEL = (
     "model",
     "data",
     "trainer",
+    "checkpoint",
     "ckpt_path",
-    "weights_only",
-    "verbose",
-    "return_predictions",
 )
 
 #: Key in a config -> registry group whose names it accepts.
@@ -190,10 +188,8 @@ def as_class(value: Any, key: str, where: str) -> dict[str, Any]:
         )
     if not isinstance(value.get("init_args") or {}, dict):
         raise UsageError(f"{where}: {key}.init_args: expected a mapping, got {value['init_args']!r}")
-    out = {"init_args": dict(value.get("init_args") or {})}
-    if "class_path" in value:
-        out["class_path"] = class_path(value["class_path"], key, where)
-    return out
+    named = {"class_path": class_path(value["class_path"], key, where)} if "class_path" in value else {}
+    return {**named, "init_args": dict(value.get("init_args") or {})}
 
 
 def class_path(name: Any, key: str, where: str) -> str:

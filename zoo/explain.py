@@ -12,7 +12,7 @@ from zoo import registry
 from zoo.options import Options
 
 HELP = """\
-usage: zoo {command} --config FILE_OR_NAME [--config MORE] [--model.OPTION VALUE] [--data.OPTION VALUE] [--trainer.OPTION VALUE]
+usage: zoo {command} --config FILE_OR_NAME [--config MORE] [--model.OPTION VALUE] [--trainer.OPTION VALUE] ...
 
   --config NAME        a file or a shipped config (zoo list); several are merged from left to right
   --model NAME         a method of the registry or a class path;   --model.lr 0.1 sets one of its options

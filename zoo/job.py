@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from zoo import runs
 from zoo.card import ZOO_API
-from zoo.cli import display_name, links, replayable
+from zoo.cli import display_name, links, read_checkpoint, replayable
 from zoo.config import Layers
 from zoo.errors import UsageError
 from zoo.options import Options
@@ -130,6 +132,7 @@ class Job:
                 resumed = continues and (directory.path / "config.yaml").exists()
                 directory.save_config(yaml.safe_dump(self.config, sort_keys=False), resumed)
         mode = self.options.wandb or os.environ.get("WANDB_MODE") or "offline"
+        quieten()
         try:
             with environment({runs.RUN_DIR_VARIABLE: str(directory.path), "WANDB_MODE": mode}):
                 return self._run_in(directory, rank_zero)
@@ -208,7 +211,12 @@ class Job:
         if self.cli is None:
             raise RuntimeError("the trainer was not built")
         kwargs: dict[str, Any] = {"model": self.cli.model, "datamodule": self.cli.datamodule}
-        kwargs["ckpt_path"] = str(self.checkpoint) if self.checkpoint else None
+        if self.checkpoint is not None:
+            kwargs["ckpt_path"] = str(self.checkpoint)
+            step = int(read_checkpoint(self.checkpoint)["global_step"])
+            for logger in self.cli.trainer.loggers:
+                if self.options.command == "fit" and hasattr(logger, "rewind"):
+                    logger.rewind(step)
         getattr(self.cli.trainer, self.options.command)(**kwargs)
 
     def _explain(self, error: Exception, directory: runs.RunDirectory) -> None:
@@ -251,6 +259,16 @@ class Job:
             directory.add_summary(self.options.command, status, metrics, facts)
         except OSError as error:
             print(f"warning: summary.json could not be written: {error.strerror}", file=sys.stderr)
+
+
+def quieten() -> None:
+    """Leave out what Lightning prints about itself; its warnings stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    # Lightning calls what torch deprecated; nothing that a user could change
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    # batches are built from memory in the main process, or the config says how many workers it wants
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
 def _raised_in(trace: TracebackType | None, functions: tuple[str, ...]) -> bool:

@@ -1,0 +1,49 @@
+"""Runs from Python: the same path as the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+from zoo.options import Options, parse_options
+from zoo.runs import RunResult
+
+
+def run(
+    command: str,
+    *,
+    config: str | PathLike[str] | Sequence[str | PathLike[str]] = (),
+    overrides: Mapping[str, Any] | None = None,
+    run_dir: str | PathLike[str] | None = None,
+    resume: str | PathLike[str] | None = None,
+    wandb: str | None = None,
+) -> RunResult:
+    """Run `fit`, `validate`, `test` or `predict`, exactly as the command line does.
+
+    Args:
+        command: What to run.
+        config: Config files or shipped names (`"suave/smoke"`), merged from left to right.
+        overrides: Dotted keys and values laid over the configs: `{"model.lr": 0.1, "trainer.max_steps": 10}`.
+        run_dir: Directory of the run; a new one below `runs/` if None.
+        resume: Directory of the run to continue.
+        wandb: `offline` (default), `online` or `disabled`.
+
+    Returns:
+        Directory, final metrics, model and trainer.
+
+    Raises:
+        UsageError: If names, options or files are wrong, as on the command line.
+    """
+    from zoo.cli import run_command
+
+    files = [config] if isinstance(config, str | PathLike) else list(config)
+    words = [word for file in files for word in ("--config", str(file))]
+    for key, value in (overrides or {}).items():
+        words.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
+    for key, value in (("run_dir", run_dir), ("resume", resume), ("wandb", wandb)):
+        if value is not None:
+            words.append(f"--{key}={value}")
+    options: Options = parse_options(command, words)
+    return run_command(options)

@@ -1,0 +1,117 @@
+"""Commands of the zoo in child processes that start at once.
+
+Importing Lightning takes seconds. A server process imports it one time and forks a child for each command, which is
+otherwise a process of its own: it can be killed, it has its own memory, environment and output.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+#: What the server imports before it forks.
+PRELOAD = ("zoo.preload",)
+
+
+def _run(argv: list[str], cwd: str, env: dict[str, str], log: str | None) -> None:
+    """Entry of the child: become a process group, redirect the output, run the command."""
+    os.setpgrp()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    if log is not None:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+    import torch
+
+    torch.set_num_threads(int(env.get("OMP_NUM_THREADS", str(torch.get_num_threads()))))
+    sys.argv = ["zoo", *argv]
+    from zoo.main import main
+
+    code = main(argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class Child:
+    """One command of the zoo in a child process.
+
+    Args:
+        argv: The words after `zoo`.
+        cwd: Working directory; the present one if None.
+        env: Changes to the environment; None as a value removes a variable.
+        log: File that takes standard output and error; the parent's if None.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        cwd: Path | None = None,
+        env: Mapping[str, str | None] | None = None,
+        log: Path | None = None,
+    ) -> None:
+        merged: dict[str, str | None] = {**os.environ, **(env or {})}
+        clean = {key: value for key, value in merged.items() if value is not None}
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOAD))
+        where = str((cwd or Path.cwd()).absolute())
+        target = (list(argv), where, clean, str(log.absolute()) if log else None)
+        self.log = log
+        self.process: BaseProcess = context.Process(target=_run, args=target)
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return int(self.process.pid or 0)
+
+    def send(self, number: int) -> None:
+        """Send a signal to the child."""
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill the child and what it has started, by SIGKILL."""
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            self.process.kill()
+        self.process.join()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end and return the exit code; negative for a signal.
+
+        Raises:
+            TimeoutError: If it takes longer than `timeout` seconds; the child is killed.
+        """
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.kill()
+            raise TimeoutError(f"no end after {timeout} s: zoo {' '.join(sys.argv[1:])}\n{self.output()[-2000:]}")
+        return self.process.exitcode
+
+    def wait_for(self, path: Path, timeout: float = 120.0) -> bool:
+        """Wait until `path` exists; False if the child ended without it."""
+        end = time.monotonic() + timeout
+        while not path.exists():
+            if self.process.exitcode is not None or time.monotonic() > end:
+                return path.exists()
+            time.sleep(0.01)
+        return True
+
+    def output(self) -> str:
+        """What the child has printed so far, where it prints to a file."""
+        return self.log.read_text(encoding="utf-8", errors="replace") if self.log and self.log.is_file() else ""
+
+
+def run(argv: Sequence[str], timeout: float | None = None, **kwargs: object) -> tuple[int, str]:
+    """Run one command to its end; returns exit code and output (`log=` takes the file)."""
+    child = Child(argv, **kwargs)  # type: ignore[arg-type]
+    return child.wait(timeout), child.output()
