@@ -1,0 +1,1 @@
+"""Suave: semi-supervised learning with self-supervised clustering (arXiv 2306.07483)."""
