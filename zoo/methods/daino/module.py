@@ -67,6 +67,8 @@ class Daino(ClusteringModule):
         links={"num_classes": "num_classes", "in_channels": "in_channels"},
     )
 
+    centre: Tensor
+
     def __init__(
         self,
         num_classes: int = 10,

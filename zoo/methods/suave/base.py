@@ -40,6 +40,8 @@ class ClusteringModule(LightningModule):
         embed_dim: Width that the probe `proj2` sees.
     """
 
+    usage: Tensor
+
     def __init__(
         self, net: ClusteringNetwork, num_classes: int, num_prototypes: int, hidden_dim: int, embed_dim: int
     ) -> None:
@@ -140,14 +142,15 @@ class ClusteringModule(LightningModule):
         net, target = self.evaluated(), batch["target"]
         e = net.encode([batch["image"]])
         predictions = {"prototypes": net.class_logits(e.z), **self.probes(e)}
+        metrics: dict[str, Any] = dict(self.accuracies.items())
         for name, logits in predictions.items():
-            self.accuracies[name].update(logits, target)
+            metrics[name].update(logits, target)
         place = net.prototypes(e.z).argmax(dim=1) * self.usage.shape[1] + target
         self.usage += torch.bincount(place, minlength=self.usage.numel()).view_as(self.usage)
         names = {name: f"{stage}/acc" if name == "prototypes" else f"{stage}/acc_{name}" for name in predictions}
         loss = nn.functional.cross_entropy(predictions["prototypes"] / self.hparams["tau"], target)
         self.log(f"{stage}/loss", loss, on_epoch=True, batch_size=len(target), sync_dist=True)
-        self.log_dict({names[k]: self.accuracies[k] for k in predictions}, on_epoch=True, batch_size=len(target))
+        self.log_dict({names[k]: metrics[k] for k in predictions}, on_epoch=True, batch_size=len(target))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log loss and accuracies of the prototypes and of the probes."""
