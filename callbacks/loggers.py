@@ -149,6 +149,13 @@ class RunWandbLogger(WandbLogger):
             self._start()
         return super().experiment
 
+    @rank_zero_only
+    def close(self, exit_code: int) -> None:
+        """End the W&B run, so that another one can begin in this process."""
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=exit_code, quiet=True)
+            self._experiment = None
+
     def _start(self) -> None:
         """Start W&B; where online does not work, go on offline and say so."""
         import wandb

@@ -87,11 +87,12 @@ class Batches(ABC, Dataset[Any]):
 class _Positions(Sampler[tuple[int, int]]):
     """Yields `(epoch, index)` from a position on; Lightning announces the epoch through `set_epoch`."""
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, same_every_epoch: bool) -> None:
         self.length, self.epoch, self.start = length, 0, 0
+        self.same_every_epoch = same_every_epoch
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.epoch = 0 if self.same_every_epoch else epoch
 
     def __len__(self) -> int:
         return self.length
@@ -106,13 +107,14 @@ class ResumableLoader(DataLoader[Any]):
     Args:
         batches: The batches to serve.
         num_workers: Worker processes; the data do not depend on their number.
+        same_every_epoch: Serve the batches of epoch 0 always, as evaluation wants it.
     """
 
-    def __init__(self, batches: Batches, num_workers: int = 0) -> None:
+    def __init__(self, batches: Batches, num_workers: int = 0, same_every_epoch: bool = False) -> None:
         super().__init__(
             batches,
             batch_size=None,
-            sampler=_Positions(len(batches)),
+            sampler=_Positions(len(batches), same_every_epoch),
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             # A generator of its own: iterating must not consume numbers from torch's global stream.
@@ -157,8 +159,8 @@ class ZooDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.data_seed = data_seed
 
-    def loader(self, batches: Batches) -> ResumableLoader:
-        """Return a loader of this process's part of `batches`."""
+    def loader(self, batches: Batches, same_every_epoch: bool = False) -> ResumableLoader:
+        """Return a loader of this process's part of `batches`; evaluation sets `same_every_epoch`."""
         if self.trainer is not None:
             batches.rank, batches.world_size = self.trainer.global_rank, self.trainer.world_size
-        return ResumableLoader(batches, self.num_workers)
+        return ResumableLoader(batches, self.num_workers, same_every_epoch)

@@ -19,6 +19,7 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import WandbLogger
 
 from zoo import runs
 from zoo.card import ZOO_API
@@ -97,6 +98,8 @@ class ZooCLI(LightningCLI):
 
             plugins = [*plugins, AtomicCheckpointIO()]
         root = str(self.run_dir)
+        if os.environ.get("WANDB_MODE") == "disabled" and isinstance(trainer.get("logger"), list):
+            trainer["logger"] = [item for item in trainer["logger"] if not isinstance(item, WandbLogger)]
         built = super().instantiate_trainer(default_root_dir=root, plugins=plugins or None, **kwargs)
         built.callbacks.extend(self.extra)  # type: ignore[attr-defined]
         return built
@@ -189,6 +192,9 @@ class Job:
             seconds = time.perf_counter() - started
             if rank_zero:
                 self._summarise(directory, status, seconds)
+                for logger in getattr(getattr(self.cli, "trainer", None), "loggers", ()):
+                    if hasattr(logger, "close"):
+                        logger.close(code)
         trainer, model = (
             (self.cli.trainer, self.cli.model) if self.cli and hasattr(self.cli, "trainer") else (None, None)
         )

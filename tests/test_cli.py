@@ -1,0 +1,209 @@
+"""The four trainer commands: what wins, what is written, what a mistake answers."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import zoo
+from zoo.main import main
+
+TOY = str(Path(__file__).parent / "support" / "toy.yaml")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    newest = max((run_dir / "checkpoints").glob("*.ckpt"), key=lambda p: int(p.stem.partition("=")[2]))
+    return torch.load(newest, weights_only=True)["state_dict"]
+
+
+def fit(**overrides: Any) -> zoo.RunResult:
+    return zoo.run("fit", config=TOY, overrides={key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def test_a_run_leaves_all_that_is_promised() -> None:
+    result = fit()
+    assert result.exit_code == 0
+    assert result.run_dir.parent.parent.parent == Path("runs").absolute()
+    assert result.run_dir.parent.name == "toy"
+    summary = zoo.runs.read_json(result.run_dir / "summary.json")
+    assert summary["stages"]["fit"]["status"] == "finished"
+    assert summary["stages"]["fit"]["step"] == 10
+    assert set(summary) >= {"metrics", "versions", "commit", "hardware", "seconds", "method", "config"}
+    assert 0 <= result.metrics["val/acc"] <= 1
+    assert [int(r["step"]) for r in rows(result.run_dir) if r["train/loss"]] == list(range(10))
+    assert (result.run_dir / "config.yaml").is_file()
+    assert list((result.run_dir / "checkpoints").glob("*.ckpt"))
+
+
+def test_the_saved_config_replays_the_run() -> None:
+    first = fit()
+    again = zoo.run("fit", config=first.run_dir / "config.yaml")
+    assert again.run_dir != first.run_dir
+    assert rows(again.run_dir) == rows(first.run_dir)
+    assert all(torch.equal(v, weights(first.run_dir)[k]) for k, v in weights(again.run_dir).items())
+
+
+def test_print_config_runs_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["fit", "--config", TOY, "--model.lr", "0.2", "--print_config"]) == 0
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["model"]["init_args"]["lr"] == 0.2
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "printed.yaml").write_text(printed)
+    again = zoo.run("fit", config=tmp_path / "printed.yaml")
+    assert rows(again.run_dir) == rows(fit(model__lr=0.2).run_dir)
+
+
+def test_the_seed_decides() -> None:
+    losses = [[r["train/loss"] for r in rows(fit(seed_everything=seed).run_dir)] for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_command_line_beats_config_beats_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    trained = fit(model__lr=0.7)
+    checkpoint = str(next((trained.run_dir / "checkpoints").glob("step=10.ckpt")))
+    capsys.readouterr()
+    bare = zoo.run("fit", overrides={"ckpt_path": checkpoint, "trainer.max_epochs": 3, "trainer.log_every_n_steps": 1})
+    assert bare.model.hparams.lr == 0.7
+    assert bare.trainer.global_step == 15
+    from_config = zoo.run("fit", config=TOY, overrides={"ckpt_path": checkpoint, "trainer.max_epochs": 3})
+    assert from_config.model.hparams.lr == 0.05
+    assert "model.init_args.lr: 0.7 -> 0.05" in capsys.readouterr().err
+    typed = zoo.run("fit", config=TOY, overrides={"ckpt_path": checkpoint, "trainer.max_epochs": 3, "model.lr": 0.3})
+    assert typed.model.hparams.lr == 0.3
+
+
+def test_resume_goes_on_in_the_same_directory_and_says_what_differs(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = fit(trainer__max_epochs=4)
+    half = fit(trainer__max_epochs=2)
+    capsys.readouterr()
+    resumed = zoo.run("fit", resume=half.run_dir, overrides={"trainer.max_epochs": 4})
+    assert "trainer.max_epochs: 2 -> 4" in capsys.readouterr().err
+    assert resumed.run_dir == half.run_dir
+    assert (half.run_dir / "config.resume-1.yaml").is_file()
+    assert yaml.safe_load((half.run_dir / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
+    assert rows(resumed.run_dir) == rows(whole.run_dir)
+    assert all(torch.equal(v, weights(whole.run_dir)[k]) for k, v in weights(resumed.run_dir).items())
+
+
+def test_evaluating_a_run_uses_its_newest_checkpoint_and_adds_to_its_summary() -> None:
+    trained = fit(trainer__max_epochs=6)
+    tested = zoo.run("test", run_dir=trained.run_dir)
+    assert tested.metrics["test/acc"] == trained.metrics["val/acc"]
+    assert tested.metrics["val/acc"] == trained.metrics["val/acc"]
+    by_path = zoo.run("test", overrides={"ckpt_path": str(trained.run_dir / "checkpoints" / "step=30.ckpt")})
+    assert by_path.run_dir == trained.run_dir
+    assert by_path.metrics["test/acc"] == tested.metrics["test/acc"]
+    before = sorted(p.name for p in (trained.run_dir / "checkpoints").iterdir())
+    assert zoo.run("predict", run_dir=trained.run_dir).exit_code == 0
+    assert sorted(p.name for p in (trained.run_dir / "checkpoints").iterdir()) == before
+
+
+def test_links_bring_facts_of_the_data() -> None:
+    assert fit(trainer__max_steps=1).model.net.out_features == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "suavee"], "did you mean 'suave'"),
+        (["--model.lrr", "1"], "Toy has no option 'lrr'\ndid you mean 'lr'?"),
+        (["--model.lr", "fast"], "--model.lr: model.init_args.lr: expected float, got 'fast'"),
+        (["--model.num_classes", "3"], "set by the data, not by hand"),
+        (["--model.activation", "gelu"], "activation: 'gelu' is unknown; accepted: relu"),
+        (["--data.count", "0"], "count must be at least 1, got 0"),
+        (["--data.missing", "true"], "no points in /nowhere; get them with apt install points"),
+        (["--trainer.max_epoch", "3"], "did you mean 'max_epochs'"),
+        (["--trainer.max_epochs", "many"], "trainer.max_epochs: expected"),
+        (["--trainr.max_epochs", "3"], "did you mean 'trainer'"),
+        (["--trainer.callbacks+=progres"], "did you mean 'progress'"),
+        (["--config", "no/such"], "neither a file nor a shipped config"),
+        (["--seed_everything", "-1"], "expected a whole number >= 0, got -1"),
+        (["--ckpt_path", "none.ckpt"], "there is no such file"),
+        (["--resume", "nowhere"], "not the directory of a run"),
+        (["--wandb", "ofline"], "did you mean 'offline'"),
+        (["stray"], "'stray' is not an option of fit"),
+        (["--run_dir"], "--run_dir needs a value"),
+        (["--trainer.logger", "tensorbord"], "accepted: csv, wandb"),
+        (["--model", "json.JSONDecoder"], "is not a LightningModule"),
+        (["--model", "no.such.Class"], "there is no class 'no.such.Class'"),
+    ],
+)
+def test_a_mistake_is_answered_in_five_lines(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--config", TOY, *words]) == 2
+    err = capsys.readouterr().err
+    shown = [line for line in err.splitlines() if not line.startswith(("Seed set", "run directory"))]
+    assert message in err
+    assert len(shown) <= 5, err
+    assert "Traceback" not in err
+
+
+def test_config_before_the_command_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", TOY, "fit"]) == 2
+    assert "the command comes first: zoo fit --config" in capsys.readouterr().err
+
+
+def test_a_second_fit_never_touches_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    first = zoo.run("fit", config=TOY, run_dir="here")
+    before = {p: p.read_bytes() for p in first.run_dir.rglob("*") if p.is_file()}
+    assert main(["fit", "--config", TOY, "--run_dir", "here"]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in first.run_dir.rglob("*") if p.is_file()} == before
+
+
+def test_checkpoint_of_another_method_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    trained = fit(trainer__max_steps=1)
+    checkpoint = next((trained.run_dir / "checkpoints").glob("*.ckpt"))
+    content = torch.load(checkpoint, weights_only=True)
+    content["zoo"]["config"]["model"]["class_path"] = "zoo.methods.suave.module.Suave"
+    torch.save(content, "other.ckpt")
+    assert main(["fit", "--config", TOY, "--ckpt_path", "other.ckpt"]) == 2
+    assert "is of suave" in capsys.readouterr().err
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = fit(trainer__max_epochs=3).run_dir
+    (run_dir / "checkpoints" / "step=15.ckpt").write_bytes(b"half a file")
+    resumed = zoo.run("fit", resume=run_dir)
+    assert "step=15.ckpt is damaged; trying the one before" in capsys.readouterr().err
+    assert resumed.trainer.global_step == 15
+    assert [int(r["step"]) for r in rows(run_dir) if r["train/loss"]] == list(range(15))
+
+
+def test_nan_stops_the_run_with_step_and_metric(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", TOY, "--model.explode_at", "7", "--run_dir", "r"]) == 1
+    err = capsys.readouterr().err
+    assert "step 7" in err
+    assert "loss" in err
+    assert list(Path("r/checkpoints").glob("step=5.ckpt"))
+    assert zoo.runs.read_json(Path("r/summary.json"))["stages"]["fit"]["status"] == "failed"
+
+
+def test_a_removed_parameter_in_a_checkpoint_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = next((fit(trainer__max_steps=1).run_dir / "checkpoints").glob("*.ckpt"))
+    content = torch.load(checkpoint, weights_only=True)
+    content["zoo"]["config"]["model"]["init_args"]["old_name"] = 1
+    torch.save(content, "old.ckpt")
+    assert main(["fit", "--config", TOY, "--ckpt_path", "old.ckpt"]) == 2
+    assert "'old_name', which Toy no longer has" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", TOY, "--model.activation", "gelu", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
