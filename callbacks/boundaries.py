@@ -1,7 +1,7 @@
 """The moments between two training steps, which Lightning has no callback hook for.
 
-`on_train_batch_end` of a callback runs before the module's own hook (where an EMA is updated), before the metrics of the
-step are logged and before validation; `on_train_batch_start` runs after the next batch was fetched and augmented. A
+`on_train_batch_end` of a callback runs before the module's own hook (where an EMA is updated), before the metrics of
+the step are logged and before validation; `on_train_batch_start` runs after the next batch was fetched and augmented. A
 state that is to be continued exactly has to be taken in between. After `watch(trainer)` every callback of the trainer
 that has one of these methods is called, each with `(trainer, pl_module)`:
 

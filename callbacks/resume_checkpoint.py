@@ -17,7 +17,7 @@ __all__ = ["ResumeCheckpoint", "checkpoints_newest_first", "is_readable", "newes
 
 
 class ResumeCheckpoint(Callback):
-    """Writes `checkpoints/step=<n>.ckpt`; on a CPU, `fit(ckpt_path=...)` then repeats the uninterrupted run bit for bit.
+    """Writes `checkpoints/step=<n>.ckpt`; on a CPU, `fit(ckpt_path=...)` repeats the uninterrupted run bit for bit.
 
     The state is taken when everything of a step is over: after the hooks of the module, logging and validation. Where a
     step ends an epoch it is taken after the end of the epoch, so that no validation is lost or run twice. Besides what

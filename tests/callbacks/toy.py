@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ class LineLogger(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             with self.path.open("a") as file:
-                file.write(json.dumps([step, {k: v for k, v in metrics.items()}]) + "\n")
+                file.write(json.dumps([step, dict(metrics)]) + "\n")
 
     def rows(self) -> list[Any]:
         return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
@@ -143,13 +144,13 @@ class At(Callback):
 
 
 def fit(
-    folder: Path, callbacks: list[Callback], checkpoint: Path | None = None, module: LightningModule | None = None,
+    folder: Path, callbacks: list[Callback], checkpoint: Path | None = None, make: Callable[[], LightningModule] = Toy,
     num_workers: int = 0, **trainer_options: Any,
 ) -> Trainer:  # fmt: skip
     """Train the toy and leave `final.pt`: everything that has to be equal."""
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     seed_everything(7 + int(os.environ.get("LOCAL_RANK", "0")), verbose=False)
-    module = Toy() if module is None else module
+    module = make()
     logger = LineLogger(folder / "log.jsonl")
     options: dict[str, Any] = {
         "max_epochs": 3, "accelerator": "cpu", "devices": 1, "log_every_n_steps": 1, "num_sanity_val_steps": 0,
