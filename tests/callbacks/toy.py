@@ -74,7 +74,7 @@ class Toy(LightningModule):
         self.ema.add_(0.01 * torch.randn(8, 4))
 
     def on_train_epoch_end(self) -> None:
-        self.log("train/ema", self.ema.square().mean())
+        self.log("train/ema", self.ema.square().mean(), sync_dist=True)
         self.ema.add_(0.01 * np.random.rand())
 
     def validation_step(self, batch: dict[str, Tensor]) -> None:

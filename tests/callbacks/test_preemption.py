@@ -1,0 +1,130 @@
+"""SIGTERM: the step ends, a checkpoint is written, exit code 143; the resumed run is the uninterrupted one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.strategies import DDPStrategy
+
+from callbacks.preemption import EXIT_CODE, Preemption
+from callbacks.resume_checkpoint import checkpoints_newest_first, newest_checkpoint
+from tests.callbacks.toy import KILL, At, differences, exit_code, final, fit, in_child, resume_callback
+
+
+@pytest.mark.parametrize(
+    ("hook", "call", "number", "expected"),
+    [
+        ("on_before_optimizer_step", 3, signal.SIGTERM, "step=3.ckpt"),
+        ("on_train_batch_start", 10, signal.SIGUSR1, "step=10.ckpt"),  # last of an epoch: after its validation
+        ("on_validation_batch_start", 8, signal.SIGTERM, "step=10.ckpt"),  # in the middle of a validation
+        ("on_train_epoch_end", 1, signal.SIGTERM, "step=5.ckpt"),
+    ],
+)
+def test_signalled_and_resumed_is_bit_identical(
+    hook: str, call: int, number: int, expected: str, tmp_path: Path
+) -> None:
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    rare = {"every_n_steps": 0, "every_n_epochs": 0}
+    assert exit_code(fit, tmp_path / "whole", []) == 0
+    folder = tmp_path / "stopped"
+    callbacks = [resume_callback(**rare), Preemption(), At(hook, call, number)]
+    assert exit_code(fit, folder, callbacks) == EXIT_CODE == 143
+    found = newest_checkpoint(folder)
+    assert found is not None
+    assert found.name == expected
+    assert exit_code(fit, folder, [resume_callback(**rare), Preemption()], found) == 0
+    assert differences(final(tmp_path / "whole"), final(folder)) == []
+
+
+def test_a_training_that_ends_anyway_is_finished(tmp_path: Path) -> None:
+    callbacks = [resume_callback(), Preemption(), At("on_validation_batch_start", 13, signal.SIGTERM)]
+    (tmp_path / "whole").mkdir()
+    assert exit_code(fit, tmp_path, callbacks) == EXIT_CODE  # the third epoch's validation is still needed
+    stop = [resume_callback(), Preemption(), At("on_train_epoch_end", 1, signal.SIGTERM)]
+    assert exit_code(fit, tmp_path, stop, newest_checkpoint(tmp_path)) == 0
+    assert exit_code(fit, tmp_path / "whole", []) == 0
+    assert differences(final(tmp_path / "whole"), final(tmp_path)) == []
+
+
+def test_handlers_are_put_back(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    fit(tmp_path, [resume_callback(), Preemption()], max_epochs=1)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(tmp_path, [resume_callback(), Preemption(), At("on_train_batch_start", 2, RuntimeError("broken"))])
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_bad_options(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="signals holds 'SIGFOO'"):
+        Preemption(signals=["SIGFOO"])
+    with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
+        Preemption(every_n_steps=0)
+    with pytest.raises(ValueError, match="resume_checkpoint has to be there"):
+        fit(tmp_path, [Preemption()])
+
+
+def two_ranks(folder: Path, make_callbacks: Any, checkpoint: Path | None = None) -> list[int]:
+    """Fit in two gloo processes and return their exit codes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = []
+    for rank in range(2):
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0",
+                       "LOCAL_RANK": str(rank)}  # fmt: skip
+        options: dict[str, Any] = {
+            "devices": 2,
+            "strategy": DDPStrategy(process_group_backend="gloo"),
+            "environment": environment,
+        }
+        processes.append(in_child(fit, folder, make_callbacks(rank), checkpoint, **options))
+    for process in processes:
+        process.join(120)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+def test_two_ranks_killed_and_resumed(tmp_path: Path) -> None:
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    assert two_ranks(tmp_path / "whole", lambda rank: []) == [0, 0]
+    folder = tmp_path / "killed"
+    codes = two_ranks(folder, lambda rank: [resume_callback(), At("on_train_batch_start", 8, KILL)])
+    assert codes == [-KILL, -KILL]
+    assert two_ranks(folder, lambda rank: [resume_callback()], newest_checkpoint(folder)) == [0, 0]
+    assert differences(final(tmp_path / "whole"), final(folder)) == []
+
+
+def test_two_ranks_stop_at_the_same_step_when_one_is_signalled(tmp_path: Path) -> None:
+    def callbacks(rank: int) -> list[Any]:
+        stop = [At("on_train_batch_start", 7, signal.SIGTERM)] if rank == 1 else []
+        return [resume_callback(every_n_steps=0, every_n_epochs=0), Preemption(every_n_steps=2), *stop]
+
+    assert two_ranks(tmp_path, callbacks) == [EXIT_CODE, EXIT_CODE]
+    assert [path.name for path in checkpoints_newest_first(tmp_path)] == ["step=8.ckpt"]
+
+
+def test_a_slurm_job_is_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = tmp_path / "called"
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {called}\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    from callbacks.preemption import _requeue
+
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    _requeue()
+    assert called.read_text() == "requeue 17\n"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "16")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    _requeue()
+    assert called.read_text() == "requeue 16_3\n"
