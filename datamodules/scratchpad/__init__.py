@@ -1,0 +1,1 @@
+"""Connectivity questions whose answer no local cue tells, with sketches of their step-by-step solution."""
