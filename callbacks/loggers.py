@@ -122,6 +122,7 @@ class RunWandbLogger(WandbLogger):
         group: W&B group, e.g. the seeds of one experiment.
         tags: W&B tags.
         notes: W&B notes.
+        mode: `online`, `offline` or `disabled`, beats `WANDB_MODE`; None follows it.
     """
 
     def __init__(
@@ -130,12 +131,13 @@ class RunWandbLogger(WandbLogger):
         group: str | None = None,
         tags: list[str] | None = None,
         notes: str | None = None,
+        mode: str | None = None,
     ) -> None:
         self._run_dir = run_directory(None)
         identity = read_json(self._run_dir / "run.json")
         name = "-".join(str(identity[key]) for key in ("method", "config", "id") if key in identity) or None
         self._offline_reason = ""
-        mode = os.environ.get("WANDB_MODE", "offline")
+        mode = mode or os.environ.get("WANDB_MODE", "offline")
         super().__init__(
             name=name, save_dir=str(self._run_dir), id=identity.get("id"), project=project, group=group, tags=tags,
             notes=notes, offline=mode == "offline", resume="allow" if mode == "online" else None,

@@ -70,7 +70,9 @@ def test_bad_options(tmp_path: Path) -> None:
         fit(tmp_path, [Preemption()])
 
 
-def two_ranks(folder: Path, make_callbacks: Any, checkpoint: Path | None = None) -> list[int]:
+def two_ranks(
+    folder: Path, make_callbacks: Any, checkpoint: Path | None = None, strategy: Any = DDPStrategy, **more: Any
+) -> list[int]:
     """Fit in two gloo processes and return their exit codes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -81,10 +83,10 @@ def two_ranks(folder: Path, make_callbacks: Any, checkpoint: Path | None = None)
                        "LOCAL_RANK": str(rank)}  # fmt: skip
         options: dict[str, Any] = {
             "devices": 2,
-            "strategy": DDPStrategy(process_group_backend="gloo"),
+            "strategy": strategy(),
             "environment": environment,
         }
-        processes.append(in_child(fit, folder, make_callbacks(rank), checkpoint, **options))
+        processes.append(in_child(fit, folder, make_callbacks(rank), checkpoint, **options, **more))
     for process in processes:
         process.join(120)
     codes = [process.exitcode for process in processes]
