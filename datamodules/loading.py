@@ -101,8 +101,11 @@ class _Positions(Sampler[tuple[int, int]]):
         return iter([(self.epoch, index) for index in range(self.start, self.length)])
 
 
-class ResumableLoader(DataLoader[Any]):
-    """A `DataLoader` over `Batches` whose position is part of the checkpoint.
+class ResumableLoader:
+    """Serves `Batches` in the order of an epoch; its position is part of the checkpoint.
+
+    It holds a `DataLoader` and is none itself: Lightning rebuilds those that it is given, for prediction and for
+    distributed runs, and would lose the position.
 
     Args:
         batches: The batches to serve.
@@ -111,10 +114,12 @@ class ResumableLoader(DataLoader[Any]):
     """
 
     def __init__(self, batches: Batches, num_workers: int = 0, same_every_epoch: bool = False) -> None:
-        super().__init__(
+        self.dataset, self.num_workers = batches, num_workers
+        self.sampler = _Positions(len(batches), same_every_epoch)
+        self._loader: DataLoader[Any] = DataLoader(
             batches,
             batch_size=None,
-            sampler=_Positions(len(batches), same_every_epoch),
+            sampler=self.sampler,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             # A generator of its own: iterating must not consume numbers from torch's global stream.
@@ -124,14 +129,18 @@ class ResumableLoader(DataLoader[Any]):
         self._served = 0
         self._resume: tuple[int, int] | None = None
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        positions: _Positions = self.sampler  # type: ignore[assignment]
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        # A generator: nothing runs before the first batch is asked for, when the epoch is known and a position loaded.
+        positions = self.sampler
         start = 0
         if self._resume is not None and self._resume[0] == positions.epoch and self._resume[1] < len(positions):
             start = self._resume[1]
         self._resume = None
         positions.start, self._served = start, start
-        iterator = super().__iter__()
+        iterator = iter(self._loader)
         positions.start = 0
         for batch in iterator:
             self._served += 1
@@ -139,7 +148,7 @@ class ResumableLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and number of batches already handed out in it."""
-        return {"epoch": self.sampler.epoch, "served": self._served}  # type: ignore[attr-defined]
+        return {"epoch": self.sampler.epoch, "served": self._served}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue after the batches that `state` counts, in its epoch; another epoch starts at its first batch."""
