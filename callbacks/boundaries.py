@@ -34,10 +34,10 @@ class _Boundaries:
         steps.on_run_start, steps.on_advance_end = self.open_batches, self.close_batch
 
     def call(self, hook: str, *args: Any) -> None:
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            method = getattr(callback, hook, None)
-            if method is not None:
-                method(self.trainer, self.trainer.lightning_module, *args)
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if hasattr(type(callback), hook):
+                getattr(callback, hook)(self.trainer, self.trainer.lightning_module, *args)
 
     def open_epoch(self) -> None:
         self.call("on_epoch_opening")

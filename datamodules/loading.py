@@ -116,6 +116,7 @@ class ResumableLoader:
     def __init__(self, batches: Batches, num_workers: int = 0, same_every_epoch: bool = False) -> None:
         self.dataset, self.num_workers = batches, num_workers
         self.sampler = _Positions(len(batches), same_every_epoch)
+        self.batch_sampler = None  # Lightning asks for it where there is a sampler
         self._loader: DataLoader[Any] = DataLoader(
             batches,
             batch_size=None,

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import Trainer
 
 from callbacks.resume_checkpoint import newest_checkpoint
-from tests.callbacks.toy import KILL, At, differences, exit_code, final, fit, resume_callback
+from tests.callbacks.toy import KILL, At, Toy, ToyData, differences, exit_code, final, fit, resume_callback
 
 
 @pytest.fixture(scope="session")
@@ -87,3 +88,9 @@ def test_every_checkpoint_of_a_run_continues_it(tmp_path: Path, uninterrupted: A
         fit(folder, [resume_callback(every_n_steps=0, every_n_epochs=0)], file)
         if file.name != "step=15.ckpt":
             assert differences(uninterrupted(), final(folder)) == [], file.name
+
+
+def test_lightning_leaves_the_loader_as_it_is(tmp_path: Path) -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=str(tmp_path))
+    predictions = trainer.predict(Toy(), ToyData())
+    assert [len(part) for part in predictions or []] == [8] * 5
