@@ -20,7 +20,7 @@ TASKS = ("rect_maze", "circ_maze", "cycles", "strings")
 class ScratchpadBatch(TypedDict):
     """Questions, answers, and what is needed to show any frame of the solution.
 
-    Frame `t` of a sample has the blue colour (palette index 2) where `arrival <= t` and the colour of `canvas` elsewhere;
+    Frame `t` of a sample is blue (palette index 2) where `arrival <= t` and has the colour of `canvas` elsewhere;
     frame 0 is the question and frames from `num_frames` on show the whole solution.
     """
 
@@ -92,7 +92,7 @@ class ScratchpadBatches(Batches):
         chosen = (
             epoch_permutation(self.size, self.seed, epoch)[start:stop] if self.shuffle else torch.arange(start, stop)
         )
-        generator = keyed_generator(self.seed, "frame", epoch if self.shuffle else 0, index)
+        generator = keyed_generator(self.seed, "frame", epoch, index)
         when, coin = torch.rand(2, len(chosen), generator=generator)
         rows = self.rows(len(chosen))
         problems = rows_of(self.problems, chosen[rows].numpy())
@@ -112,8 +112,8 @@ class ScratchpadBatches(Batches):
 class VisualScratchpadTasks(ZooDataModule):
     """Mazes, cycles or strings, with more solution steps out of distribution than in training, at one image size.
 
-    Validation and testing have two loaders each: the training difficulty (`id`) and, where `ood_difficulty` is given, the
-    harder one (`ood`). Training problems are drawn once, at the start.
+    Validation and testing have two loaders each: the training difficulty (`id`) and, where `ood_difficulty` is given,
+    the harder one (`ood`). Training problems are drawn once, at the start.
 
     Args:
         task: `rect_maze`, `circ_maze`, `cycles` or `strings`.
@@ -152,16 +152,16 @@ class VisualScratchpadTasks(ZooDataModule):
     ) -> None:
         super().__init__(num_workers, data_seed)
         self.task = make_task(task, image_size, size)
-        for key, value in (("train_difficulty", train_difficulty), ("ood_difficulty", ood_difficulty)):
-            if value is None:
+        for key, bounds in (("train_difficulty", train_difficulty), ("ood_difficulty", ood_difficulty)):
+            if bounds is None:
                 continue
-            if len(value) != 2:
-                raise ValueError(f"{key}={value}: expected two numbers, the least and the largest difficulty")
-            self.task.check(*value)
+            if len(bounds) != 2:
+                raise ValueError(f"{key}={bounds}: expected two numbers, the least and the largest difficulty")
+            self.task.check(*bounds)
         if ood_difficulty is not None and ood_difficulty[0] <= train_difficulty[1]:
             raise ValueError(
-                f"ood_difficulty={ood_difficulty} overlaps train_difficulty={train_difficulty}: expected it to start at "
-                f"{train_difficulty[1] + 1} or later"
+                f"ood_difficulty={ood_difficulty} overlaps train_difficulty={train_difficulty}: expected it to start "
+                f"at {train_difficulty[1] + 1} or later"
             )
         for key, value in (("stride", stride), ("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if value < 1:
@@ -224,7 +224,7 @@ class VisualScratchpadTasks(ZooDataModule):
 
     def _eval_loaders(self, split: str) -> list[ResumableLoader]:
         names = ["id"] if self.ood_difficulty is None else ["id", "ood"]
-        return [self.loader(self.batches(f"{split}_{name}")) for name in names]
+        return [self.loader(self.batches(f"{split}_{name}"), same_every_epoch=True) for name in names]
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled training problems."""

@@ -160,7 +160,7 @@ class Cycles(Loops):
         spacing, parallel = 2 * radius * np.sin(angle), radius * (np.cos(angle) - np.cos(3 * angle))
         if spacing < 2 / 0.3 or parallel < 2:
             raise ValueError(
-                f"image_size={self.image_size} is too small to tell the lines of {high} nodes apart: neighbouring nodes "
+                f"image_size={self.image_size} is too small to tell the lines of {high} nodes apart: neighbours "
                 f"are {spacing:.1f} pixels apart (at least 6.7) and parallel lines {parallel:.1f} (at least 2)"
             )
 
@@ -184,7 +184,7 @@ class Cycles(Loops):
         return centre + 0.42 * self.image_size * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
 
     def hops(self, problems: Problems) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Step in which the node at each place of `loop`, and the line to the next one, turn blue; `[n, most nodes]`."""
+        """Step in which the node at each place of `loop`, and the line to the next one, turn blue; `[n, most]`."""
         place, first = np.arange(problems["loop"].shape[1])[None], self.first_component(problems)[:, None]
         node = np.minimum(place, first - place)
         line = np.minimum(node, np.minimum(place + 1, first - place - 1)) + 1
@@ -227,10 +227,10 @@ class Cycles(Loops):
 
 
 class Strings(Loops):
-    """The smooth version of cycles: closed strings through invisible anchors, one through all or two through half each.
+    """The smooth version of cycles: closed strings through invisible anchors, one through all or two through half.
 
-    Consecutive anchors are joined by cubic Bezier pieces with Catmull-Rom tangents (tension 0.5). Anchors are uniform in
-    the picture, at least `0.1 * image_size` apart; a blue dot marks the topmost one. Each solver step makes the next
+    Consecutive anchors are joined by cubic Bezier pieces with Catmull-Rom tangents (tension 0.5). Anchors are uniform
+    in the picture, at least `0.1 * image_size` apart; a blue dot marks the topmost one. Each solver step makes the next
     `0.2 * image_size` pixels of the string blue, in both directions.
 
     Args:
@@ -249,7 +249,8 @@ class Strings(Loops):
         super().check(low, high)
         if self.image_size < 32 or high > 28:
             raise ValueError(
-                f"image_size={self.image_size} with up to {high} anchors: expected at least 32 pixels and at most 28 anchors"
+                f"image_size={self.image_size} with up to {high} anchors: expected at least 32 pixels and at most "
+                "28 anchors"
             )
 
     def longest(self, high: int) -> int:
@@ -258,7 +259,7 @@ class Strings(Loops):
         return int(np.ceil(high * (diagonal + diagonal * 2 / 3) / 2 / 0.2))
 
     def place(self, nodes: NDArray, high: int, rng: np.random.Generator) -> Problems:
-        """Throw anchors one after the other into the free room, as fractions of the image size; the top one is node 0."""
+        """Throw anchors one after the other into the free room, as fractions of the image; the top one is node 0."""
         n = len(nodes)
         anchors = np.full((n, high, 2), np.inf)
         for index in range(high):
@@ -277,8 +278,8 @@ class Strings(Loops):
     def curve(self, problems: Problems) -> tuple[NDArray, NDArray]:
         """Points of every piece in pixels, `[n, m, P, 2]`, and the distance of each from the start along its loop.
 
-        All problems have the same number of nodes `m`. Piece `j` leads from the anchor at place `j` of `loop` to the next
-        one, its end left out. The distance `[n, m, P]` is the shorter way round, infinite on the other loop.
+        All problems have the same number of nodes `m`. Piece `j` leads from the anchor at place `j` of `loop` to the
+        next one, its end left out. The distance `[n, m, P]` is the shorter way round, infinite on the other loop.
         """
         m = int(problems["difficulty"][0])
         problems = {**problems, "loop": problems["loop"][:, :m]}
@@ -312,14 +313,9 @@ class Strings(Loops):
         return np.where(np.isfinite(distance), steps, NEVER).astype(np.uint8)
 
     def count_steps(self, problems: Problems) -> NDArray[np.int64]:
-        """Step in which the last point of the start's loop turns blue."""
-        steps = np.zeros(len(problems["label"]), dtype=np.int64)
-        for nodes in np.unique(problems["difficulty"]):
-            rows = np.flatnonzero(problems["difficulty"] == nodes)
-            for part in np.array_split(rows, -(-len(rows) // 64)):
-                when = self.arrival_of(self.curve(rows_of(problems, part))[1])
-                steps[part] = np.where(when == NEVER, 0, when).max(axis=(1, 2))
-        return steps
+        """Step in which the last visible pixel turns blue; read from the picture, since crossings may hide an end."""
+        arrival = self.pixels(problems).arrival
+        return np.where(arrival == NEVER, 0, arrival).max(axis=(1, 2)).astype(np.int64)
 
     def strokes(self, problems: Problems) -> tuple[NDArray, NDArray[np.uint8], NDArray, NDArray[np.uint8], float]:
         """The curves and one dot at the start."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from datamodules.scratchpad.tasks import BLACK, BLUE, NEVER, RED, WHITE, Problems, Sketch, Task, concatenate, rows_of
 
 _ATTEMPTS = 2048  # mazes grown at once: large enough to hide the cost of Python, small enough for the cache
-_MAX_ATTEMPTS = 400  # batches without enough accepted mazes before the difficulty is called too rare
+_GIVE_UP = 20 * _ATTEMPTS  # mazes before the difficulty is called too rare
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def spanning_trees(
         `order` `[V, B]`, the cells in the order of their insertion.
     """
     batch, cells = len(start), grid.cells
-    weights = rng.random((batch, int(grid.edges.max()) + 2), dtype=np.float32)
+    weights = rng.random((batch, int(grid.edges.max()) + 1), dtype=np.float32)
     weights[:, grid.edges[grid.neighbours == cells]] = np.inf
     key = np.full((batch, cells + 1), np.inf, dtype=np.float32)
     free = np.ones((batch, cells + 1), dtype=bool)
@@ -137,7 +137,7 @@ def subtree_sizes(parent: NDArray[np.int64], order: NDArray[np.int64]) -> NDArra
 
 def below(parent: NDArray[np.int64], cell: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Mask `[B, V]` of the subtree under and including `cell` `[B]`, by pointer doubling."""
-    batch, width = parent.shape
+    width = parent.shape[1]
     ancestor = parent.copy()
     np.put_along_axis(ancestor, cell[:, None], cell[:, None], axis=1)
     for _ in range(max(1, (width - 1).bit_length())):
@@ -233,9 +233,9 @@ class Maze(Task):
         parts: list[Problems] = []
         found, tried = 0, 0
         while found < n:
-            if tried >= _MAX_ATTEMPTS * _ATTEMPTS and found < n * tried / (10 * _MAX_ATTEMPTS * _ATTEMPTS):
+            if tried >= _GIVE_UP and found < tried / 10000:
                 raise ValueError(
-                    f"difficulty {[low, high]} of {self.name}: only {found} of {tried} mazes have paths of that length; "
+                    f"difficulty {[low, high]} of {self.name}: only {found} of {tried} mazes have such paths; "
                     "lower the difficulty or enlarge the maze"
                 )
             rate = max(found / tried, 0.02) if tried else 0.8
@@ -352,7 +352,7 @@ class CircMaze(Maze):
         width = (image_size / 2 - 0.5) / (size + 1)
         if width < 5:
             raise ValueError(
-                f"image_size={image_size} leaves {width:.1f} pixels for each of {size} rings: expected at least 5 pixels, "
+                f"image_size={image_size} leaves {width:.1f} pixels for each of {size} rings: expected at least 5, "
                 f"so an image_size of at least {10 * (size + 1) + 1}"
             )
         grid = circ_grid(size)

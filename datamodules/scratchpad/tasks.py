@@ -1,4 +1,4 @@
-"""What the four connectivity tasks share: problems as arrays, drawn by key, and pictures of their step-by-step solution.
+"""What the four connectivity tasks share: problems as arrays, drawn by key, and pictures of their solution.
 
 A picture is two byte maps: `canvas`, the palette index of every pixel of the question, and `arrival`, the number of the
 frame in which the pixel turns blue (`NEVER` if it does not). Frame `t` follows from both without rendering anything
@@ -59,7 +59,7 @@ class Task(ABC):
 
     @abstractmethod
     def check(self, low: int, high: int) -> None:
-        """Raise `ValueError` unless problems of difficulty `low` to `high` exist and can be drawn at this image size."""
+        """Raise `ValueError` unless problems of difficulty `low` to `high` exist and can be drawn at this size."""
 
     @abstractmethod
     def draw(self, n: int, low: int, high: int, rng: np.random.Generator) -> Problems:

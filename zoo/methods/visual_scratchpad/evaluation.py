@@ -85,7 +85,7 @@ class Evaluation:
             frame, label = model.net(model.frame(batch, t)).frame, model.net(model.frame(batch, last)).label
         now, target = (frame_indices(batch["canvas"], batch["arrival"], step) for step in (t, t + 1))
         hit, either = change_iou(now, nearest(frame, model.colours), target)
-        changes = either > 0
+        changes = t < last  # the last frame is not drawn again, the roll-out has ended
         iou = (hit / either.clamp(min=1))[changes].mean() if changes.any() else hit.float().mean()
         oracle = ((label > 0) == (batch["label"] == 1)).float().mean()
         return {"iou": (iou, int(changes.sum())), "acc_true_frames": (oracle, rows)}
@@ -93,7 +93,7 @@ class Evaluation:
     def _choose_frames(
         self, model: Any, batch: Mapping[str, Tensor], frames: Tensor, steps: Tensor, stepwise: bool
     ) -> tuple[Tensor, Tensor]:
-        """Pictures for a strip: evenly spaced steps of a few roll-outs, the true solution below; `[S, C, 3, H, W]` each."""
+        """Pictures for a strip: evenly spaced steps of a few roll-outs and the truth; `[S, C, 3, H, W]` each."""
         rows = min(_STRIPS, len(steps))
         end = torch.maximum(steps, batch["num_frames"])[:rows] if stepwise else steps[:rows].clamp(min=1)
         columns = _COLUMNS if stepwise else 2

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo.card import Card
 from zoo.methods.visual_scratchpad.evaluation import Evaluation
@@ -36,8 +36,8 @@ class VisualScratchpad(LightningModule):
     Args:
         mode: `none`: the answer from the question. `single`: answer and last frame in one pass. `single_two_pass`: the
             last frame, then the answer from it. `multi`: frame by frame, each pass reading all frames so far.
-            `inductive`: frame by frame, each pass reading the newest frame alone. `recurrent`: no frames, but the blocks
-            are applied `iterations` times with the same weights.
+            `inductive`: frame by frame, each pass reading the newest frame alone. `recurrent`: no frames, but the
+            blocks are applied `iterations` times with the same weights.
         image_size: Height and width of the images in pixels.
         patch_size: Side of a patch in pixels; fits the cells of square mazes.
         patch_overlap: Pixels around a patch that its embedding sees too (backbone `vit` only).
@@ -123,8 +123,8 @@ class VisualScratchpad(LightningModule):
             raise ValueError(f"patch_size={patch_size} does not divide image_size={image_size}")
         if cell_size and cell_size % patch_size and patch_size % cell_size:
             raise ValueError(
-                f"patch_size={patch_size} does not fit cells of {cell_size} pixels: expected a divisor or a multiple of "
-                f"{cell_size}"
+                f"patch_size={patch_size} does not fit cells of {cell_size} pixels: expected a divisor or a multiple "
+                f"of {cell_size}"
             )
         for key, value in (("p_tf", p_tf), ("mask_ratio", mask_ratio)):
             if not 0 <= value <= 1:
@@ -137,7 +137,7 @@ class VisualScratchpad(LightningModule):
             raise ValueError(f"{given} goes with mode 'none' only, got mode={mode!r}")
         if t_max and t_max < longest_solution:
             raise ValueError(
-                f"t_max={t_max} is too small for the data, whose solutions may take {longest_solution} frames; expected "
+                f"t_max={t_max} is too small for data whose solutions may take {longest_solution} frames: expected "
                 f"at least {longest_solution}, better {3 * longest_solution} (0 chooses that)"
             )
         if mode in STEPWISE and not t_max and not longest_solution:
@@ -146,7 +146,7 @@ class VisualScratchpad(LightningModule):
             )
         self.save_hyperparameters()
         self.mode, self.patch_size, self.t_max = mode, patch_size, t_max or 3 * longest_solution
-        self.net: nn.Module
+        self.net: Any
         if backbone == "cnn":
             self.net = ConvLabeller(width, depth)
         else:
@@ -281,7 +281,7 @@ class VisualScratchpad(LightningModule):
         return RollOut(label.float(), passes, torch.ones_like(passes, dtype=torch.bool), drawn, frames)
 
     def _newest(self, frames: Tensor) -> Prediction:
-        return Prediction(*(None if part is None else part[:, -1] for part in self.net.read_history(frames)))
+        return self.net.read_history(frames).at(-1)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the pictures and answers of the evaluation before."""

@@ -22,9 +22,14 @@ class Prediction(NamedTuple):
     halt: Tensor | None
     label: Tensor
 
+    def at(self, index: int) -> Prediction:
+        """Select frame `index` of a prediction for frames `[B, F, ...]`."""
+        frame, halt = (None if part is None else part[:, index] for part in (self.frame, self.halt))
+        return Prediction(frame, halt, self.label[:, index])
+
 
 def sincos_positions(grid: int, width: int) -> Tensor:
-    """Fixed 2D positions `[grid * grid, width]`: sines and cosines of the row and of the column, half of the width each.
+    """Fixed 2D positions `[grid * grid, width]`: sines and cosines of row and column, half of the width each.
 
     Raises:
         ValueError: If the width is not a multiple of four.
@@ -87,7 +92,7 @@ def build_vit(
         positions = torch.cat([torch.zeros(1, width), sincos_positions(image_size // patch_size, width)])
         vit.pos_embed = nn.Parameter(positions[None], requires_grad=False)
         return vit
-    if not timm.is_model(backbone):
+    if not timm.models.is_model_in_modules(backbone, ["vision_transformer"]):
         raise ValueError(f"backbone={backbone!r}: expected 'vit', 'cnn' (mode none) or a vision transformer of timm")
     model = timm.create_model(
         backbone, pretrained=pretrained, num_classes=0, img_size=image_size, patch_size=patch_size
@@ -114,16 +119,17 @@ class ScratchpadViT(nn.Module):
         draws: Whether there is a frame head.
         halts: Whether there is a halt head.
         history: Most frames that are read together; 1 for networks that see one frame.
-        iterations: How often the blocks are applied, with the same weights; the tokens of the image are added each time.
+        iterations: How often the blocks are applied, with the same weights; the image's tokens are added each time.
     """
 
     def __init__(
         self, vit: nn.Module, patch_size: int, draws: bool, halts: bool, history: int = 1, iterations: int = 1
     ) -> None:
         super().__init__()
-        self.vit: Any = vit
+        self.vit: Any
+        self.vit = vit
         self.patch_size, self.iterations = patch_size, iterations
-        width = self.vit.embed_dim
+        width: int = self.vit.embed_dim
         self.frame_head = nn.Linear(width, 3 * patch_size**2) if draws else None
         self.halt_head = nn.Linear(width, 1) if halts else None
         self.label_head = nn.Linear(width, 1)
@@ -133,7 +139,7 @@ class ScratchpadViT(nn.Module):
 
     def forward(self, image: Tensor) -> Prediction:
         """Read one frame `[B, 3, H, W]`; nothing says which frame of the sketch it is."""
-        return Prediction(*(None if part is None else part[:, 0] for part in self.read_history(image[:, None])))
+        return self.read_history(image[:, None]).at(0)
 
     def read_history(self, frames: Tensor) -> Prediction:
         """Read `F` frames `[B, F, 3, H, W]`; the prediction at each of them rests on it and the ones before.
@@ -175,7 +181,7 @@ def unpatchify(patches: Tensor, height: int, width: int, patch_size: int) -> Ten
 
 
 class ConvLabeller(nn.Module):
-    """Convolutional baseline without scratchpad: `depth` stages of two 3x3 convolutions, halving the size, mean, linear.
+    """Convolutional baseline without scratchpad: `depth` stages of two 3x3 convolutions, each halving the size.
 
     Args:
         width: Channels of the first stage, doubled at most twice.

@@ -38,7 +38,7 @@ def roll_out(
     history: bool = False,
     keep: bool = False,
 ) -> RollOut:
-    """Draw frames until the halt logit is positive, `t_max` frames at most; samples that finished are not touched again.
+    """Draw frames until the halt logit is positive, at most `t_max`; samples that finished are not touched again.
 
     Args:
         predict: Reads frames, `[B, 3, H, W]` or, with `history`, `[B, F, 3, H, W]`, and says what follows the last.
