@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 MODES = ("none", "single", "single_two_pass", "multi", "inductive", "recurrent")
 #: Modes that draw frames one after the other and decide when to stop.
 STEPWISE = ("multi", "inductive")
+#: What validation logs; testing logs all that is measured.
+_SHORT = ("acc", "iou", "final_iou", "nonhalting")
 _PALETTE = [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
 
 
@@ -302,7 +304,7 @@ class VisualScratchpad(LightningModule):
         keep = batch_idx == 0 and self.mode not in ("none", "recurrent") and not self.trainer.sanity_checking
         values = self.evaluation.measure(self, batch, name, batch_idx, keep)
         for key, (value, weight) in values.items():
-            if weight:
+            if weight and (stage == "test" or key in _SHORT):
                 self.log(
                     f"{stage}/{key}_{name}",
                     value,
