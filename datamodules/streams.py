@@ -100,9 +100,7 @@ class Stream:
         """Return the indices kept after `task`, one tensor for each seen class; empty before the first (`task = -1`)."""
         if task < 0:
             return []
-        return [
-            indices[:quota] for indices, quota in zip(self.labelled, self.quotas(task), strict=False)
-        ]
+        return [indices[:quota] for indices, quota in zip(self.labelled, self.quotas(task), strict=False)]
 
     def pool(self, task: int) -> dict[int, Tensor]:
         """Return the labelled images that `task` may use, by class: the buffer and the labels of its own classes."""

@@ -207,23 +207,27 @@ class Cycles(Loops):
         return points.reshape(len(rows), -1, 2), times, dots, node, max(1.5, 0.025 * self.image_size)
 
     def local_cues(self, problems: Problems) -> dict[str, NDArray]:
-        """Ink, line lengths, crossings, and lines between neighbours on the circle."""
+        """Ink, line lengths, and lines between neighbours on the circle."""
         a, b = np.moveaxis(self.edge_list(problems), -1, 0)
         nodes = problems["difficulty"].astype(np.int64)[:, None]
         real = a >= 0
         apart = abs(a - b)
         apart = np.where(real, np.minimum(apart, nodes - apart), 0)
-        low, high = np.minimum(a, b), np.maximum(a, b)
-        left = (low[:, :, None] < low[:, None]) & (low[:, None] < high[:, :, None]) & (high[:, :, None] < high[:, None])
-        crossing = (left & real[:, :, None] & real[:, None]).sum(axis=(1, 2))
         return {
             "total length": np.where(real, np.sin(np.pi * apart / nodes), 0).sum(axis=1),
             "longest line": apart.max(axis=1),
             "shortest line": np.where(real, apart, 999).min(axis=1),
             "lines between neighbours": ((apart == 1) & real).sum(axis=1),
-            "crossings": crossing,
             "first line of the start": apart[:, 0],
         }
+
+    def global_cues(self, problems: Problems) -> dict[str, NDArray]:
+        """Number of frames, and the exact number of crossings, whose parity depends on the number of cycles."""
+        a, b = np.moveaxis(self.edge_list(problems), -1, 0)
+        low, high = np.minimum(a, b)[:, :, None], np.maximum(a, b)[:, :, None]
+        first, last = low.swapaxes(1, 2), high.swapaxes(1, 2)
+        crossings = ((low < first) & (first < high) & (high < last)).sum(axis=(1, 2))
+        return {**super().global_cues(problems), "crossings": crossings}
 
 
 class Strings(Loops):

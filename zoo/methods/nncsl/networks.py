@@ -3,48 +3,29 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-
-def conv_net(in_channels: int, widths: list[int]) -> nn.Sequential:
-    """Return the CPU-sized backbone: blocks of 3x3 convolution with stride 2, BN and ReLU, then a global mean.
-
-    Output `[n, widths[-1]]` for images `[n, in_channels, h, w]` of any size.
-    """
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for number, width in enumerate(widths, start=1):
-        layers[f"conv{number}"] = nn.Conv2d(in_channels, width, 3, stride=2, padding=1, bias=False)
-        layers[f"bn{number}"] = nn.BatchNorm2d(width)
-        layers[f"relu{number}"] = nn.ReLU()
-        in_channels = width
-    layers["pool"] = nn.AdaptiveAvgPool2d(1)
-    layers["flatten"] = nn.Flatten()
-    return nn.Sequential(layers)
+from zoo.nn.convnets import build_backbone
 
 
-def resnet(in_channels: int, stem: str) -> nn.Module:
-    """Return a ResNet-18 without its classifier, output `[n, 512]`.
+def official_resnet18(in_channels: int = 3) -> nn.Module:
+    """Return the ResNet-18 of the official CIFAR runs: a 3x3 stem of stride 1 and *padding 2*, no max-pool; `[n, 512]`.
 
-    Args:
-        in_channels: Channels of the images.
-        stem: `imagenet` (7x7, stride 2, max-pool) or `cifar` (3x3, stride 1, no max-pool). The padding of the CIFAR stem
-            is 2, as in the official code, so that a 32 px image becomes 34 x 34.
+    The padding makes a 32-pixel image 34 x 34.
     """
     net = resnet18(weights=None)
-    if stem == "cifar":
-        net.conv1 = nn.Conv2d(in_channels, 64, 3, stride=1, padding=2, bias=False)
-        net.maxpool = nn.Identity()
-    else:
-        net.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
+    net.conv1 = nn.Conv2d(in_channels, 64, 3, stride=1, padding=2, bias=False)
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-    net.fc = nn.Identity()
+    net.maxpool, net.fc = nn.Identity(), nn.Identity()
+    net.num_features = 512
     return net
 
 
-def projector(in_features: int, widths: list[int]) -> nn.Sequential:
+def projector(in_features: int, widths: Sequence[int]) -> nn.Sequential:
     """Return an MLP `in_features -> widths`, with BN and ReLU after each layer but the last."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for number, width in enumerate(widths, start=1):
@@ -62,8 +43,7 @@ class Network(nn.Module):
     Args:
         num_classes: Classes of the whole stream; logits of classes to come exist from the start.
         in_channels: Channels of the images.
-        backbone: `resnet18_cifar`, `resnet18` (ImageNet stem) or `convnet`.
-        convnet_widths: Channels of the blocks of `convnet`.
+        backbone: `name` and options as `zoo.nn.convnets.build_backbone` takes them; None is `official_resnet18`.
         projector_widths: Layers of the projector; an empty list builds none.
         feature_projector: Whether to build the square layer that feature distillation trains.
     """
@@ -72,24 +52,19 @@ class Network(nn.Module):
         self,
         num_classes: int,
         in_channels: int,
-        backbone: str,
-        convnet_widths: list[int],
-        projector_widths: list[int],
+        backbone: Mapping[str, Any] | None,
+        projector_widths: Sequence[int],
         feature_projector: bool = False,
     ) -> None:
         super().__init__()
-        if backbone == "convnet":
-            self.backbone: nn.Module = conv_net(in_channels, convnet_widths)
-            width = convnet_widths[-1]
-        else:
-            self.backbone = resnet(in_channels, "cifar" if backbone == "resnet18_cifar" else "imagenet")
-            width = 512
+        self.backbone = official_resnet18(in_channels) if backbone is None else build_backbone(backbone, in_channels)
+        width = int(self.backbone.num_features)  # type: ignore[arg-type]
         self.projector = projector(width, projector_widths) if projector_widths else None
         self.feature_projector = nn.Linear(projector_widths[-1], projector_widths[-1]) if feature_projector else None
         self.classifier = nn.Linear(width, num_classes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features `[n, F]` and embeddings `[n, D]` (the features where there is no projector) of `[n, c, h, w]`."""
+        """Return features `[n, F]` and embeddings `[n, D]` of `[n, c, h, w]`; the same without a projector."""
         features = self.backbone(x)
         return features, features if self.projector is None else self.projector(features)
 
@@ -110,8 +85,3 @@ def parameter_groups(net: Network) -> dict[str, list[nn.Parameter]]:
         else:
             groups["weights"].append(parameter)
     return groups
-
-
-def all_finite(module: nn.Module) -> bool:
-    """Whether every parameter of `module` is a finite number."""
-    return bool(torch.stack([p.detach().isfinite().all() for p in module.parameters()]).all())
