@@ -155,7 +155,7 @@ class RunWandbLogger(WandbLogger):
     def close(self, exit_code: int) -> None:
         """End the W&B run, so that another one can begin in this process."""
         if self._experiment is not None:
-            self._experiment.finish(exit_code=exit_code, quiet=True)
+            self._experiment.finish(exit_code=exit_code)
             self._experiment = None
 
     def _start(self) -> None:

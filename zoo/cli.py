@@ -24,7 +24,7 @@ from zoo.errors import UsageError
 from zoo.options import Options
 
 #: Callbacks that every run has; one given in a config replaces that of its class.
-DEFAULT_CALLBACKS = ("resume_checkpoint", "preemption", "progress")
+DEFAULT_CALLBACKS = ("resume_checkpoint", "run_summary", "nonfinite_guard", "preemption", "figures", "progress")
 #: `checkpoint: {every_n_steps: 10}` sets options of this callback without a list.
 CHECKPOINT_CALLBACK = "resume_checkpoint"
 DEFAULT_LOGGERS = ("csv", "wandb")
