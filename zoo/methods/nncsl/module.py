@@ -20,7 +20,8 @@ from zoo.nn.ema import frozen_copy
 from zoo.nn.schedules import cosine_ramp, linear_ramp
 
 if TYPE_CHECKING:
-    from datamodules.class_incremental import ClassIncrementalBatch, LabelledBatch
+    from datamodules.class_incremental import ClassIncrementalBatch
+    from datamodules.images import ImageBatch
     from matplotlib.figure import Figure
 
 
@@ -353,12 +354,11 @@ class NNCSL(pl.LightningModule):
 
     # -- evaluation
 
-    def _count(self, batch: LabelledBatch, confusion: MulticlassConfusionMatrix) -> None:
+    def _count(self, batch: ImageBatch, confusion: MulticlassConfusionMatrix) -> None:
         """Count answers for images of seen classes; the others are not looked at. The task is not told."""
-        seen = batch["y"] < self.seen
-        if seen.any():
-            logits = self.net.classifier(self.net.backbone(batch["x"][seen]))
-            confusion.update(logits[:, : self.seen].argmax(dim=1), batch["y"][seen])
+        seen = batch["target"] < self.seen
+        logits = self.net.classifier(self.net.backbone(batch["image"][seen]))
+        confusion.update(logits[:, : self.seen].argmax(dim=1), batch["target"][seen])
 
     def _task_counts(self, confusion: MulticlassConfusionMatrix) -> tuple[Tensor, Tensor]:
         """Return right answers and images of each task `[T]`, over all ranks, and forget the counts."""
@@ -375,24 +375,27 @@ class NNCSL(pl.LightningModule):
         if self.task >= 0 and bool((total[known] > 0).all()):
             self.correct[self.task, known], self.total[known] = correct[known], total[known]
 
-    def validation_step(self, batch: LabelledBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Loader 0 is a split of the training images, to choose by; loader 1 the test images, for the matrix."""
-        self._count(batch, self.test_confusion if dataloader_idx else self.val_confusion)
+    def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Loader 0 has the test images, for the matrix; loader 1, if any, a split of the training images to choose by."""
+        self._count(batch, self.val_confusion if dataloader_idx else self.test_confusion)
 
     def on_validation_epoch_end(self) -> None:
         """Log accuracies on the validation split; keep those on the test images for the end of the stream."""
-        test_counts = self._task_counts(self.test_confusion)
-        correct, total = self._task_counts(self.val_confusion)
         if self.trainer.sanity_checking:
+            self.test_confusion.reset()
+            self.val_confusion.reset()
             return
-        self._record(*test_counts)
+        self._record(*self._task_counts(self.test_confusion))
+        if not self.val_confusion.update_called:
+            return
+        correct, total = self._task_counts(self.val_confusion)
         now = max(self.task, 0)
         metrics = {"val/acc": correct.sum() / total.sum(), "val/acc_new": correct[now] / total[now]}
         if now:
             metrics["val/acc_old"] = correct[:now].sum() / total[:now].sum()
         self.log_dict({key: value.float() for key, value in metrics.items()}, sync_dist=True)
 
-    def test_step(self, batch: LabelledBatch, batch_idx: int) -> None:
+    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """Count answers on the test images."""
         self._count(batch, self.test_confusion)
 
@@ -414,9 +417,9 @@ class NNCSL(pl.LightningModule):
             if hasattr(logger, "log_table"):
                 logger.log_table("test/accuracy_matrix", columns=columns, data=rows)
 
-    def predict_step(self, batch: LabelledBatch, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Return the predicted class of each image `[n]`, among the classes seen so far."""
-        return self.net.classifier(self.net.backbone(batch["x"]))[:, : self.seen].argmax(dim=1)
+        return self.net.classifier(self.net.backbone(batch["image"]))[:, : self.seen].argmax(dim=1)
 
     def figures(self) -> dict[str, Figure]:
         """Return the accuracy matrix as a heat-map, once a row of it is measured."""
