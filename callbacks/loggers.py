@@ -25,7 +25,8 @@ def run_directory(save_dir: str | None) -> Path:
 class RunCSVLogger(Logger):
     """Writes `metrics.csv` with one row a logged step; a resumed run drops the rows after its checkpoint and goes on.
 
-    Rows are kept in memory and written every `flush_every_n_rows` rows, before each checkpoint and at the end, so that the
+    Rows are kept in memory and written every `flush_every_n_rows` rows, before each checkpoint and at the end, so that
+    the
     file on the disk never lags behind the newest checkpoint.
 
     Args:
@@ -182,7 +183,8 @@ class RunWandbLogger(WandbLogger):
 
     def _go_offline(self, reason: str) -> None:
         print(
-            f"warning: W&B is not reachable ({reason}); logging offline, later: wandb sync {self._run_dir}/wandb/offline-run-*",
+            f"warning: W&B is not reachable ({reason}); logging offline, "
+            f"later: wandb sync {self._run_dir}/wandb/offline-run-*",
             file=sys.stderr,
         )
         self._wandb_init |= {"mode": "offline", "resume": None}

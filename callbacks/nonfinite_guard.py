@@ -9,22 +9,24 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from zoo.errors import RunError
 
-class NonFiniteError(RuntimeError):
+
+class NonFiniteError(RunError):
     """The loss or a metric became infinite or not a number.
 
     Args:
         name: `loss`, or the name of the metric.
         value: Its value.
-        step: Optimiser steps done when it was computed.
+        step: Optimiser steps done before it was computed, the step it is logged with.
         checkpoint: The last good checkpoint, or None.
     """
 
     def __init__(self, name: str, value: float, step: int, checkpoint: Any = None) -> None:
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
         super().__init__(
-            f"{name} is {value} at step {step}; {kept}. "
-            "Usual causes: learning rate too high, a division by zero, float16 without scaling, bad input"
+            f"{name} is {value} at step {step}; {kept}",
+            "usual causes: learning rate too high, a division by zero, float16 without scaling, bad input",
         )
         self.name, self.value, self.step, self.checkpoint = name, value, step, checkpoint
 
@@ -50,9 +52,13 @@ class NonFiniteGuard(Callback):
             raise ValueError(f"nonfinite_guard: every_n_steps must be at least 1, got {every_n_steps}")
         self.every_n_steps, self.ignore = every_n_steps, frozenset(ignore or ())
         self._pending: deque[tuple[int, Tensor, Any]] = deque()
+        self._step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pending.clear()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -61,7 +67,7 @@ class NonFiniteGuard(Callback):
         if isinstance(loss, Tensor):
             loss = loss.detach()
             if loss.device.type == "cpu":
-                self._check(trainer, "loss", loss, trainer.global_step)
+                self._check(trainer, "loss", loss, self._step)
             elif batch_idx % self.every_n_steps == 0:
                 self._fetch(trainer, loss)
         if (batch_idx + 1) % self.every_n_steps == 0:
@@ -74,7 +80,7 @@ class NonFiniteGuard(Callback):
         aside.copy_(loss, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        self._pending.append((trainer.global_step, aside, arrived))
+        self._pending.append((self._step, aside, arrived))
 
     def _check_pending(self, trainer: Trainer) -> None:
         while self._pending:
@@ -98,7 +104,7 @@ class NonFiniteGuard(Callback):
             on_cpu |= dict(zip(on_gpu, values, strict=True))
         for name, value in on_cpu.items():
             if name not in self.ignore:
-                self._check(trainer, name, value, trainer.global_step)
+                self._check(trainer, name, value, self._step)
 
     def _check(self, trainer: Trainer, name: str, value: Tensor, step: int) -> None:
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):

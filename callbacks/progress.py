@@ -9,6 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
+#: Metrics in a line.
+SHOWN = 6
+
 
 class Progress(ProgressBar):
     """Rich progress bars at a terminal; elsewhere one line with the metrics after each evaluation and at most every
@@ -56,6 +59,7 @@ class Progress(ProgressBar):
         shown = metrics or {k: float(v) for k, v in trainer.callback_metrics.items()}
         steps = trainer.estimated_stepping_batches if trainer.training else None
         total = f"/{int(steps)}" if steps not in (None, float("inf")) else ""
-        text = "  ".join(f"{key} {value:.4g}" for key, value in sorted(shown.items()))
+        # short names are the main ones; all of them are in metrics.csv
+        text = "  ".join(f"{key} {shown[key]:.4g}" for key in sorted(sorted(shown, key=len)[:SHOWN]))
         elapsed = f"  {self._last - self._started:.0f} s" if self._started else ""
         print(f"step {trainer.global_step}{total}{elapsed}  {text}", flush=True)

@@ -80,11 +80,15 @@ class _TrainBatches(Batches):
             order = epoch_permutation(len(train), self.seed, epoch)
             chosen = train[order[index * self.size : (index + 1) * self.size]]
             rows = self.rows(self.size)
-            out["views"] = [self.read(view, chosen, rows, (f"view{i}", epoch, index)) for i, view in enumerate(self.views)]
+            out["views"] = [
+                self.read(view, chosen, rows, (f"view{i}", epoch, index)) for i, view in enumerate(self.views)
+            ]
             out["unlab_target"] = self.target[chosen[rows]]
         return out
 
-    def read(self, transform: Callable[[Any], Tensor], chosen: Tensor, rows: slice, key: tuple[int | str, ...]) -> Tensor:
+    def read(
+        self, transform: Callable[[Any], Tensor], chosen: Tensor, rows: slice, key: tuple[int | str, ...]
+    ) -> Tensor:
         """Read this process's rows of a global batch; an image's random numbers follow from its place in that batch."""
         paths = [self.paths[i] for i in chosen[rows].tolist()]
         return augmented(paths, transform, (self.seed, *key, rows.start))
@@ -120,8 +124,8 @@ class _EvalBatches(Batches):
 class ImageFolders(ZooDataModule):
     """Images in `root/train/<class>/*` and `root/val/<class>/*`; batches are `SemiSupervisedBatch` and `ImageBatch`.
 
-    `val` is the test set. The labelled images are drawn, or named by a list with one file name in each line, as SimCLR's
-    1 % and 10 % of ImageNet are.
+    `val` is the test set. The labelled images are drawn, or named by a list with one file name in each line, as
+    SimCLR's 1 % and 10 % of ImageNet are.
 
     Args:
         root: Folder with `train` and `val`.
@@ -225,7 +229,9 @@ class ImageFolders(ZooDataModule):
         names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
         unknown = [name for name in names if name not in place]
         if unknown or not names:
-            raise ValueError(f"label_list: {path} names {len(unknown)} files that are not in {self.root}/train: {unknown[:3]}")
+            raise ValueError(
+                f"label_list: {path} names {len(unknown)} files that are not in {self.root}/train: {unknown[:3]}"
+            )
         indices = torch.tensor([place[name] for name in names]).sort().values
         return indices[torch.isin(indices, self.split["train"])]
 

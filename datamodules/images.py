@@ -1,4 +1,4 @@
-"""Semi-supervised images: a few labelled ones beside many without labels, in the batch that the vision methods agree on."""
+"""Semi-supervised images: a few with labels beside many without, in the batch that the vision methods agree on."""
 
 from __future__ import annotations
 
@@ -305,7 +305,7 @@ def read_labelled(path: Path, train: Tensor) -> Tensor:
 
 
 class FashionMNIST(SemiSupervisedImages):
-    """Fashion-MNIST: greyscale images of 28 pixels, ten kinds of clothing, 60,000 for training and 10,000 for the test."""
+    """Fashion-MNIST: greyscale images of 28 pixels, ten kinds of clothing, 60,000 for training, 10,000 for the test."""
 
     source = sources.source("fashion_mnist")
 
@@ -323,6 +323,6 @@ class CIFAR100(SemiSupervisedImages):
 
 
 class Digits(SemiSupervisedImages):
-    """scikit-learn's digits: greyscale images of 8 pixels, 1,438 for training and 359 for the test; nothing to fetch."""
+    """scikit-learn's digits: greyscale images of 8 pixels, 1,438 to train on and 359 for the test; nothing to fetch."""
 
     source = sources.source("digits")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,9 @@ def keyed_generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
 
 
+@lru_cache(maxsize=2)
 def epoch_permutation(n: int, seed: int, epoch: int) -> Tensor:
-    """Return the shuffled order `[n]` (int64) of `n` samples in one epoch."""
+    """Return the shuffled order `[n]` (int64) of `n` samples in one epoch; it is kept: do not write into it."""
     return torch.randperm(n, generator=keyed_generator(seed, "order", epoch))
 
 

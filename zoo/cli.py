@@ -35,6 +35,8 @@ TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,
     # the resume checkpoint does it
     "enable_checkpointing": False,
+    # one line about the size is enough; `zoo info` shows the rest
+    "enable_model_summary": False,
 }
 DIFFERENCES_SHOWN = 10
 

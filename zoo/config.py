@@ -227,7 +227,7 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 def override(option: str, text: str | None) -> dict[str, Any]:
     """Return the config fragment of one option: `model.lr`, `"0.1"` -> `{model: {init_args: {lr: 0.1}}}`."""
     where = f"--{option}"
-    value = True if text is None else parse_yaml(text, where) if text != "" else ""
+    value: Any = True if text is None else parse_yaml(text, where) if text != "" else ""
     parts = option.split(".")
     if not all(parts):
         raise UsageError(f"{where}: not an option", "options look like --model.lr 0.1 or --trainer.max_steps 100")

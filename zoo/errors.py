@@ -15,12 +15,20 @@ class UsageError(Exception):
         detail: Raw text that `--debug` shows.
     """
 
+    exit_code = 2
+
     def __init__(self, message: str, hint: str = "", detail: str = "") -> None:
         super().__init__(message)
         self.message, self.hint, self.detail = message, hint, detail
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+class RunError(UsageError):
+    """A run that had started failed for a reason that can be named: printed in the same way, exit code 1."""
+
+    exit_code = 1
 
 
 def did_you_mean(word: str, choices: Iterable[str], show: int = 12) -> str:

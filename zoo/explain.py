@@ -53,7 +53,7 @@ def options_of(entry: registry.Entry) -> tuple[str, list[Option]]:
         return doc.split("\n\n")[0], []
     arguments = [a for a in (*init.args.args, *init.args.kwonlyargs) if a.arg != "self"]
     defaults: list[ast.expr | None] = [*init.args.defaults, *init.args.kw_defaults]
-    defaults = [None] * (len(arguments) - len(defaults)) + defaults
+    defaults = [*[None] * (len(arguments) - len(defaults)), *defaults]
     return doc.split("\n\n")[0], [
         Option(
             a.arg,

@@ -23,13 +23,13 @@ from lightning.pytorch.loggers import WandbLogger
 
 from zoo import runs
 from zoo.card import ZOO_API
-from zoo.cli import display_name, links, read_checkpoint, replayable
+from zoo.cli import display_name, links, replayable
 from zoo.config import Layers
-from zoo.errors import UsageError
+from zoo.errors import RunError, UsageError
 from zoo.options import Options
 
-#: Strategies that shard a checkpoint write it themselves.
-SHARDED = ("fsdp", "deepspeed", "ModelParallel", "FSDP")
+#: Strategies of Lightning that write a checkpoint in shards, by themselves; `zoo.nn.fsdp2` assembles one file.
+SHARDED = ("'fsdp", "deepspeed", "DeepSpeed", "ModelParallel", "FSDPStrategy")
 
 
 class Stamp(pl.Callback):
@@ -93,7 +93,7 @@ class ZooCLI(LightningCLI):
         trainer = self._get(self.config_init, "trainer")
         plugins = trainer.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
-        if not any(word in str(trainer.get("strategy")) for word in SHARDED):
+        if not any(word in repr(trainer.get("strategy")) for word in SHARDED):
             from callbacks.atomic_checkpoint_io import AtomicCheckpointIO
 
             plugins = [*plugins, AtomicCheckpointIO()]
@@ -219,10 +219,6 @@ class Job:
         kwargs: dict[str, Any] = {"model": self.cli.model, "datamodule": self.cli.datamodule}
         if self.checkpoint is not None:
             kwargs["ckpt_path"] = str(self.checkpoint)
-            step = int(read_checkpoint(self.checkpoint)["global_step"])
-            for logger in self.cli.trainer.loggers:
-                if self.options.command == "fit" and hasattr(logger, "rewind"):
-                    logger.rewind(step)
         getattr(self.cli.trainer, self.options.command)(**kwargs)
 
     def _explain(self, error: Exception, directory: runs.RunDirectory) -> None:
@@ -230,7 +226,7 @@ class Job:
         first = str(error).split("\n")[0]
         if isinstance(error, torch.OutOfMemoryError) or "out of memory" in first:
             sizes = {k: v for k, v in self.config["data"].get("init_args", {}).items() if "batch_size" in k}
-            raise UsageError(
+            raise RunError(
                 f"out of memory with data.init_args {sizes}: {first}",
                 "halve it with --trainer.accumulate_grad_batches 2, or use --trainer.precision bf16-mixed",
             ) from error
@@ -240,14 +236,23 @@ class Job:
                 f"{self.checkpoint} does not fit this config: {detail[1].strip() if len(detail) > 1 else first}",
                 "use the options that the checkpoint was trained with", detail=str(error),
             ) from error  # fmt: skip
-        if isinstance(error, FileNotFoundError | ValueError) and _raised_in(
-            error.__traceback__, ("prepare_data", "setup")
-        ):
-            raise UsageError(f"{self.method}: {first}", "", detail=traceback.format_exc()) from error
+        if isinstance(error, FileNotFoundError | ValueError):
+            if _raised_in(error.__traceback__, ("prepare_data", "setup")):
+                raise UsageError(f"{self.method}: {first}", "", detail=traceback.format_exc()) from error
+            if _raised_in(error.__traceback__, ("batch",)):
+                raise RunError(
+                    f"reading a batch failed: {first}",
+                    f"mend the data, then go on with --resume {os.path.relpath(directory.path)}",
+                    detail=traceback.format_exc(),
+                ) from error
         raise error
 
     def _announce(self, directory: runs.RunDirectory) -> None:
         print(f"run directory: {os.path.relpath(directory.path)}", file=sys.stderr)
+        if self.cli is not None and self.options.command == "fit":
+            sizes = [(p.numel(), p.requires_grad) for p in self.cli.model.parameters()]
+            total, trained = sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
+            print(f"{self.method}: {total:,} parameters, {trained:,} trained", file=sys.stderr)
         if self.checkpoint:
             print(f"starting from: {os.path.relpath(self.checkpoint)}", file=sys.stderr)
 

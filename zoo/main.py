@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             print(error.detail, file=sys.stderr)
             traceback.print_exc()
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

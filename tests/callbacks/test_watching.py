@@ -152,7 +152,7 @@ def test_nonfinite_stops_and_names_the_last_good_checkpoint(where: str, tmp_path
     guard = NonFiniteGuard(every_n_steps=1)
     with pytest.raises(NonFiniteError, match=r"step=6\.ckpt") as caught:
         fit(tmp_path, [resume_callback(), guard], make=Broken)
-    assert caught.value.step == 7
+    assert caught.value.step == 6
     assert caught.value.name == ("loss" if where == "loss" else "train/other")
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step=5.ckpt", "step=6.ckpt"]

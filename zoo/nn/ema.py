@@ -6,7 +6,7 @@ import copy
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -32,5 +32,6 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """
     if not 0.0 <= momentum <= 1.0:
         raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
-    averaged, new = list(teacher.parameters()), list(student.parameters())
+    averaged: list[Tensor] = list(teacher.parameters())
+    new: list[Tensor] = list(student.parameters())
     torch._foreach_lerp_(averaged, new, 1.0 - momentum)
