@@ -38,12 +38,24 @@ def run(
     """
     from zoo.cli import run_command
 
-    files = [config] if isinstance(config, str | PathLike) else list(config)
-    words = [word for file in files for word in ("--config", str(file))]
-    for key, value in (overrides or {}).items():
-        words.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
-    for key, value in (("run_dir", run_dir), ("resume", resume), ("wandb", wandb)):
-        if value is not None:
-            words.append(f"--{key}={value}")
-    options: Options = parse_options(command, words)
+    own = {"run_dir": run_dir, "resume": resume, "wandb": wandb}
+    options: Options = parse_options(command, words(config, overrides or {}, own))
     return run_command(options)
+
+
+def words(
+    config: str | PathLike[str] | Sequence[str | PathLike[str]],
+    overrides: Mapping[str, Any],
+    own: Mapping[str, Any],
+) -> list[str]:
+    """Return the options of a call as the command line takes them.
+
+    Args:
+        config: Config files or shipped names.
+        overrides: Dotted keys and values.
+        own: Further options (`run_dir`, `resume`, `wandb`); None leaves one out.
+    """
+    files = [config] if isinstance(config, str | PathLike) else list(config)
+    out = [word for file in files for word in ("--config", str(file))]
+    out += [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in overrides.items()]
+    return out + [f"--{key}={value}" for key, value in own.items() if value is not None]

@@ -1,7 +1,8 @@
 """Commands of the zoo in child processes that start at once.
 
 Importing Lightning takes seconds. A server process imports it one time and forks a child for each command, which is
-otherwise a process of its own: it can be killed, it has its own memory, environment and output.
+otherwise a process of its own: it can be killed, it has its own memory, environment and output. It does not outlive the
+process that started it: a run that went on would hold its directory against the next call.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 #: What the server imports before it forks.
 PRELOAD = ("zoo.preload",)
@@ -22,6 +26,7 @@ PRELOAD = ("zoo.preload",)
 def _run(argv: list[str], cwd: str, env: dict[str, str], log: str | None) -> None:
     """Entry of the child: become a process group, redirect the output, run the command."""
     os.setpgrp()
+    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -29,9 +34,8 @@ def _run(argv: list[str], cwd: str, env: dict[str, str], log: str | None) -> Non
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
-    import torch
-
-    torch.set_num_threads(int(env.get("OMP_NUM_THREADS", str(torch.get_num_threads()))))
+    if "torch" in sys.modules and "OMP_NUM_THREADS" in env:  # it was imported with the threads of the server
+        sys.modules["torch"].set_num_threads(int(env["OMP_NUM_THREADS"]))
     sys.argv = ["zoo", *argv]
     from zoo.main import main
 
@@ -39,6 +43,58 @@ def _run(argv: list[str], cwd: str, env: dict[str, str], log: str | None) -> Non
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _end_with_parent() -> None:
+    """Kill this process group as soon as the parent is gone, however it ended; the last checkpoint stays."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()  # on a pipe, of which the parent has the other end
+        os.killpg(0, signal.SIGKILL)
+
+
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOAD))
+    return context
+
+
+def _call(function: Callable[..., Any], args: tuple[Any, ...], answer: Connection) -> None:
+    try:
+        answer.send((True, function(*args)))
+    except BaseException as error:
+        answer.send((False, f"{type(error).__name__}: {error}"))
+
+
+def call(function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> Any:
+    """Call a function in a child process that has imported nothing but the frame, and return its result.
+
+    Args:
+        function: A function of a module; it and `args` are pickled.
+        args: Its arguments.
+        timeout: Seconds.
+
+    Raises:
+        RuntimeError: If the function has raised; the text names the error.
+        TimeoutError: If there is no answer in time; the child is killed.
+    """
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    process = _context().Process(target=_call, args=(function, args, theirs))
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(timeout):
+            process.kill()
+            raise TimeoutError(f"{function.__name__} gave no answer in {timeout} s")
+        good, value = ours.recv()
+    except EOFError as error:
+        process.join()
+        raise RuntimeError(f"{function.__name__} ended with exit code {process.exitcode}") from error
+    finally:
+        process.join()
+    if not good:
+        raise RuntimeError(value)
+    return value
 
 
 class Child:
@@ -60,18 +116,21 @@ class Child:
     ) -> None:
         merged: dict[str, str | None] = {**os.environ, **(env or {})}
         clean = {key: value for key, value in merged.items() if value is not None}
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOAD))
         where = str((cwd or Path.cwd()).absolute())
         target = (list(argv), where, clean, str(log.absolute()) if log else None)
-        self.log = log
-        self.process: BaseProcess = context.Process(target=_run, args=target)
+        self.argv, self.log = target[0], log
+        self.process: BaseProcess = _context().Process(target=_run, args=target)
         self.process.start()
 
     @property
     def pid(self) -> int:
         """Process id."""
         return int(self.process.pid or 0)
+
+    @property
+    def exitcode(self) -> int | None:
+        """Exit code, negative for a signal; None while the child runs."""
+        return self.process.exitcode
 
     def send(self, number: int) -> None:
         """Send a signal to the child."""
@@ -94,7 +153,7 @@ class Child:
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.kill()
-            raise TimeoutError(f"no end after {timeout} s: zoo {' '.join(sys.argv[1:])}\n{self.output()[-2000:]}")
+            raise TimeoutError(f"no end after {timeout} s: zoo {' '.join(self.argv)}\n{self.output()[-2000:]}")
         return self.process.exitcode
 
     def wait_for(self, path: Path, timeout: float = 120.0) -> bool:

@@ -1,0 +1,85 @@
+"""Checks with two processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.testing.compare import as_floats, differences, gradient_differences, told
+from zoo.testing.kit import Verdict, Violation, check
+from zoo.testing.probes import NoDropout, Recorder
+from zoo.testing.subject import SHORT, Subject, probe
+
+LOSS_TOLERANCE = 1e-4
+GRADIENT_TOLERANCE = 1e-3
+#: Of the largest number in a tensor; optimisers such as Adam turn rounding noise of tiny gradients into full steps.
+STATE_TOLERANCE = 1e-3
+
+
+@check(
+    "ranks",
+    "Two processes at the same global batch give the loss, gradients and updates of one, within float tolerance.",
+)
+def ranks(subject: Subject) -> Verdict:
+    """Three steps with gloo; dropout is off, batch norm is over the global batch."""
+    folder = subject.new_folder("ranks-seen")
+    folder.mkdir()
+    one = subject.fit("one", SHORT, [probe(NoDropout), probe(Recorder)]).callback(Recorder)
+    call = subject.words(SHORT, [probe(NoDropout), probe(Recorder, folder=str(folder))])
+    codes, output = subject.two_ranks(call, {"run_dir": subject.new_folder("two")})
+    if codes != [0, 0]:
+        raise Violation(f"two processes ended with {codes}: {output.strip()[-600:]}")
+    two: list[dict[str, Any]] = [torch.load(folder / f"rank-{n}.pt", weights_only=True) for n in (0, 1)]
+    found = differences(two[0]["first_update"], two[1]["first_update"], "ranks")
+    if found:
+        raise Violation(f"the processes do not have the same state after one step\n{told(found)}")
+    losses = [(a + b) / 2 for a, b in zip(two[0]["losses"], two[1]["losses"], strict=True)]
+    off = [abs(a - b) / max(abs(b), 1e-6) for a, b in zip(losses, one.losses, strict=True)]
+    if off[0] > LOSS_TOLERANCE:
+        raise Violation(f"first loss {losses[0]:.7g} with two processes, {one.losses[0]:.7g} with one")
+    found = gradient_differences(two[0]["gradients"], one.gradients, GRADIENT_TOLERANCE)
+    if found:
+        raise Violation(f"gradients differ\n{told(found)}")
+    found = state_differences(two[0]["first_update"], one.first_update, one.gradients)
+    if found:
+        raise Violation(f"state after one step differs\n{told(found)}")
+    if max(off) > 10 * LOSS_TOLERANCE:
+        raise Violation(f"losses {losses} with two processes, {one.losses} with one")
+    return f"losses within {max(off):.0e}"
+
+
+def state_differences(left: dict[str, Tensor], right: dict[str, Tensor], gradients: dict[str, Tensor]) -> list[str]:
+    """Name the tensors of two states that differ; entries with a gradient near zero are left out, see above."""
+    found = []
+    whole = {k: v for k, v in right.items() if k not in as_floats(right)}
+    found += differences({k: left[k] for k in whole}, whole, "state")
+    for name, value in as_floats(right).items():
+        a, b = left[name], value
+        if name in gradients:
+            grad = gradients[name].abs()
+            clear = grad > 1e-3 * grad.max()
+            a, b = a[clear], b[clear]
+        scale = float(value.abs().max()) if value.numel() else 0.0
+        if a.numel() and float((a - b).abs().max()) > STATE_TOLERANCE * max(scale, 1e-3):
+            found.append(f"{name}: off by {float((a - b).abs().max()):.3g} where the largest is {scale:.3g}")
+    return found
+
+
+@check("ranks_evaluation", "Evaluation by two processes gives the metrics of one.", full=True)
+def ranks_evaluation(subject: Subject) -> Verdict:
+    """The same checkpoint, validated by one and by two processes."""
+    one = subject.evaluations["validate"].result.metrics  # type: ignore[union-attr]
+    folder = subject.new_folder("two-validate")
+    call = {"config": [subject.smoke], "overrides": {"ckpt_path": str(subject.base.checkpoint)}}
+    codes, output = subject.two_ranks(call, {"run_dir": folder}, command="validate")
+    if codes != [0, 0]:
+        raise Violation(f"two processes ended with {codes}: {output.strip()[-600:]}")
+    from zoo.runs import read_json
+
+    two = read_json(folder / "summary.json")["metrics"]
+    for name, value in two.items():
+        if name.startswith("val/") and abs(value - one[name]) > 1e-4 * max(1.0, abs(one[name])):
+            raise Violation(f"{name} is {value:.6g} with two processes, {one[name]:.6g} with one")
+    return f"{len(two)} metrics"
