@@ -1,4 +1,4 @@
-"""Class-incremental streams of images, a few of them labelled: the tasks of one data set follow one another in one fit."""
+"""Class-incremental streams of images, a few of them labelled: the tasks follow one another in one fit."""
 
 from __future__ import annotations
 
@@ -198,7 +198,9 @@ class ClassIncrementalImages(ZooDataModule):
         common = {"size": self.source.image_size, "mean": self.source.mean, "std": self.source.std}
         self.view_list = make_views([{"count": 2}] if views is None else views, "views", **common)
         if len(self.view_list) == 1:
-            raise ValueError("views: 1 view is not accepted; accepted: two global ones and any number of others, or none")
+            raise ValueError(
+                "views: 1 view is not accepted; accepted: two global ones and any number of others, or none"
+            )
         first = {key: value for key, value in (views[0] if views else {}).items() if key != "count"}
         self.support_augment = Augment.from_options(
             first if support_view is None else support_view, "support_view", **common

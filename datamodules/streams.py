@@ -68,8 +68,8 @@ class Stream:
     """The labelled images of a stream and the buffer that replays them.
 
     Args:
-        labelled: For each class, by position in the stream, the training indices of its labelled images, in the order in
-            which the buffer prefers them.
+        labelled: For each class, by position in the stream, the training indices of its labelled images, in the order
+            in which the buffer prefers them.
         classes_per_task: Classes that arrive with a task.
         buffer_size: Labelled images of earlier tasks that are kept at most; 0 keeps none.
     """
@@ -97,7 +97,7 @@ class Stream:
         return [min(n, share + (label < rest)) for label, n in enumerate(have)]
 
     def buffer(self, task: int) -> list[Tensor]:
-        """Return the indices kept after `task`, one tensor for each seen class; empty before the first (`task = -1`)."""
+        """Return the indices kept after `task`, one tensor for each seen class; none before the first (`-1`)."""
         if task < 0:
             return []
         return [indices[:quota] for indices, quota in zip(self.labelled, self.quotas(task), strict=False)]
@@ -148,7 +148,7 @@ def draw_supports(pool: dict[int, Tensor], per_class: int, *key: int | str) -> t
         key: Key of the random stream, see `keyed_generator`.
 
     Returns:
-        Indices and classes, int64 `[per_class * len(pool)]`; the classes in turn: `c_1 .. c_K` repeated `per_class` times.
+        Indices and classes, int64 `[per_class * len(pool)]`; the classes in turn, `c_1 .. c_K`, `per_class` times.
     """
     generator = keyed_generator(*key)
     columns = []

@@ -59,7 +59,7 @@ def matrix_figure(matrix: Tensor) -> Figure:
         value = matrix[t, j].item()
         axes.text(j, t, f"{100 * value:.0f}", ha="center", va="center", color="white" if value < 0.6 else "black")
     axes.set(xlabel="accuracy on task (%)", ylabel="after task", xticks=range(tasks), yticks=range(tasks))
-    axes.set_xticklabels(range(1, tasks + 1))
-    axes.set_yticklabels(range(1, tasks + 1))
+    axes.set_xticklabels([str(j + 1) for j in range(tasks)])
+    axes.set_yticklabels([str(t + 1) for t in range(tasks)])
     figure.colorbar(image, ax=axes)
     return figure

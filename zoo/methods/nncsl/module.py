@@ -20,9 +20,10 @@ from zoo.nn.ema import frozen_copy
 from zoo.nn.schedules import cosine_ramp, linear_ramp
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from datamodules.class_incremental import ClassIncrementalBatch
     from datamodules.images import ImageBatch
-    from matplotlib.figure import Figure
 
 
 class Encoded(NamedTuple):
@@ -55,8 +56,7 @@ class NNCSL(pl.LightningModule):
         num_classes: Classes of the whole stream, renumbered in the order of their arrival.
         num_tasks: Tasks that divide the classes.
         in_channels: Channels of the images.
-        backbone: `name` and options of a backbone (`{name: small_conv, channels: [16, 32, 64]}`, `{name: timm:resnet18}`);
-            null is the official ResNet-18 with its stem for 32-pixel images.
+        backbone: `name` and options of a backbone (`{name: small_conv, channels: [16, 32, 64]}`); null is the official ResNet-18 with its stem for 32-pixel images.
         projector: Layers of the projector whose output the neighbours compare.
         w_paws: Weight of L_SNN, consistency between views.
         w_me: Weight of L_MEM, which spreads the mean prediction.
@@ -376,7 +376,7 @@ class NNCSL(pl.LightningModule):
             self.correct[self.task, known], self.total[known] = correct[known], total[known]
 
     def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Loader 0 has the test images, for the matrix; loader 1, if any, a split of the training images to choose by."""
+        """Loader 0 has the test images, for the matrix; loader 1, if any, a split of the training images."""
         self._count(batch, self.val_confusion if dataloader_idx else self.test_confusion)
 
     def on_validation_epoch_end(self) -> None:
