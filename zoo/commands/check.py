@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from zoo import registry
 from zoo.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from zoo.testing.kit import Outcome
 
 DESCRIPTION = """\
 Test a method, built in or of a plugin, against docs/contract.md. The exit code is 0 if every check has passed or was
@@ -44,14 +48,16 @@ def main(argv: list[str]) -> int:
         return update(names, args.update_golden)
     good = True
     for name in names:
-        live = sys.stderr.isatty()
-        report = check_method(
-            name, args.full, args.only, args.golden or GOLDEN,
-            lambda o: print(f"{o.status:<8}{o.check.name}", file=sys.stderr) if live else None,
-        )  # fmt: skip
+        report = check_method(name, args.full, args.only, args.golden or GOLDEN, show_progress)
         print(report)
         good = good and report.ok
     return 0 if good else 1
+
+
+def show_progress(outcome: Outcome) -> None:
+    """Tell a person at a terminal what has ended."""
+    if sys.stderr.isatty():
+        print(f"{outcome.status:<8}{outcome.check.name}", file=sys.stderr)
 
 
 def update(names: list[str], folder: Path) -> int:

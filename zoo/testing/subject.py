@@ -140,22 +140,14 @@ class Subject:
         self._count += 1
         return self.folder / f"{self._count:02}-{tag}"
 
-    def words(
-        self, overrides: Mapping[str, Any], callbacks: Sequence[dict[str, Any]] = (), configs: Sequence[str] = ()
-    ) -> dict[str, Any]:
+    def words(self, overrides: Mapping[str, Any], callbacks: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         """Arguments of `zoo.run` for the smoke config with changes."""
         added = {"trainer.callbacks+": list(callbacks)} if callbacks else {}
-        return {"config": [self.smoke, *configs], "overrides": {**overrides, **added}}
+        return {"config": [self.smoke], "overrides": {**overrides, **added}}
 
-    def fit(
-        self,
-        tag: str,
-        overrides: Mapping[str, Any],
-        callbacks: Sequence[dict[str, Any]] = (),
-        configs: Sequence[str] = (),
-    ) -> Run:
+    def fit(self, tag: str, overrides: Mapping[str, Any], callbacks: Sequence[dict[str, Any]] = ()) -> Run:
         """Train the smoke config with changes, in this process."""
-        return in_process("fit", run_dir=self.new_folder(tag), **self.words(overrides, callbacks, configs))
+        return in_process("fit", run_dir=self.new_folder(tag), **self.words(overrides, callbacks))
 
     def child(
         self,

@@ -87,6 +87,10 @@ class VisualScratchpad(LightningModule):
             "longest_solution": "longest_solution",
             "palette": "palette",
         },
+        skip_checks={
+            "accumulation": "the losses are means over the rows that have a next frame or an answer; halves have "
+            "unequal numbers of them",
+        },
         compiles=False,
     )
 
