@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +38,30 @@ def claim(claim_id: str = "a-beats-b", **changes: Any) -> dict[str, Any]:
     return base | changes
 
 
+class FakeChild:
+    """What `zoo.children.Child` is to the campaign, for the fake zoo."""
+
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> None:
+        with log.open("ab") as output:
+            words = [sys.executable, "-S", str(FAKE_ZOO), *argv]
+            self.process = subprocess.Popen(words, env={**os.environ, **env}, stdout=output, stderr=output)
+        self.send = self.process.send_signal
+
+    @property
+    def exitcode(self) -> int | None:
+        return self.process.poll()
+
+    def wait(self, timeout: float | None = None) -> int:
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            self.process.kill()
+            self.process.wait()
+            raise TimeoutError from error
+
+
 class World:
     """Files of one test and ways to run it."""
-
-    launcher = (sys.executable, str(FAKE_ZOO))
 
     def __init__(self, root: Path) -> None:
         self.root, self.results, self.runs = root, root / "results", root / "runs"
@@ -67,13 +89,14 @@ class World:
         self.claims.write_text(yaml.safe_dump({"method": "fake", "scales": {"cpu": self.body}}, sort_keys=False))
         return self.claims
 
-    def reproduce(self, seeds: int | None = None, only: tuple[str, ...] = (), jobs: int = 1) -> int:
+    def reproduce(self, seeds: int | None = None, only: tuple[str, ...] = (), jobs: int = 1, **options: Any) -> int:
         """Run `reproduce` with the fake zoo."""
         from zoo.claims.reader import load_plan
         from zoo.commands.reproduce import reproduce
 
         plan = load_plan(self.claims)
-        return reproduce(plan, plan.seeds[:seeds], only, jobs, self.results, self.runs, launcher=self.launcher)
+        options = {"start": FakeChild, **options}
+        return reproduce(plan, plan.seeds[:seeds], only, jobs, self.results, self.runs, **options)
 
     def command(self, *words: str) -> int:
         """Call the command line."""

@@ -117,6 +117,20 @@ def test_our_frame_is_left_out_and_shared_parts_are_in() -> None:
     assert not any(name.startswith(("zoo.errors", "zoo.runs", "zoo.card")) for name in found)
 
 
+def test_drawing_does_not_decide_about_numbers(world) -> None:
+    before = hashes(world)
+    (world.package / "figures.py").write_text("size = 3\n")
+    (world.package / "method.py").write_text(
+        "from fakepkg import losses\n\nclass Method:\n    rate = losses.RATE\n    def figures(self):\n"
+        "        from fakepkg.figures import size\n        return size\n"
+    )
+    assert "fakepkg.figures" not in code_files(["fakepkg.method.Method"])
+    after = hashes(world)
+    assert after["a"] != before["a"], "the module itself has changed"
+    (world.package / "figures.py").write_text("size = 4\n")
+    assert hashes(world) == after
+
+
 def test_class_paths_are_found_at_any_depth() -> None:
     config = {"model": {"class_path": "a.A", "init_args": {"inner": [{"class_path": "b.B"}]}}, "x": {"class_path": 3}}
     assert class_paths(config) == {"a.A", "b.B"}

@@ -57,7 +57,7 @@ def test_no_verdict_before_all_seeds_are_there() -> None:
     runs = measured(a=[0.9, 0.9], b=[0.1])
     out = judge(claim(), runs, [0, 1])
     assert out["holds"] is None
-    assert out["note"] == "1 of 2 seeds"
+    assert out["problem"] == "1 of 2 seeds"
     assert list(out["per_seed"]) == ["0"]
     assert judge(claim(), {}, [0])["holds"] is None
 
@@ -66,14 +66,14 @@ def test_no_verdict_before_all_seeds_are_there() -> None:
 def test_a_value_that_is_not_finite_fails(aggregate: str) -> None:
     out = judge(claim(aggregate=aggregate), measured(a=[0.9, None, 0.9], b=[0.1, 0.1, 0.1]), [0, 1, 2])
     assert out["holds"] is False
-    assert out["note"] == "a metric is not finite"
+    assert out["problem"] == "a metric is not finite"
     assert out["per_seed"]["1"] is None
 
 
 def test_a_missing_metric_is_named_with_those_that_are_there() -> None:
     out = judge(claim(left=Side("a", "acc")), measured(a=[1], b=[1]), [0])
     assert out["holds"] is None
-    assert out["note"] == "a has no metric 'acc'; it has: m"
+    assert out["problem"] == "a has no metric 'acc'; it has: m"
 
 
 def test_one_seed_has_no_spread() -> None:

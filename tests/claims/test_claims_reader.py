@@ -72,7 +72,7 @@ def test_mistakes_are_named(world, changes: dict[str, Any], message: str) -> Non
 
 
 CLAIM_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "run": ({"left": {"run": "zz", "metric": "m"}}, "left: 'zz' is not known"),
+    "run": ({"left": {"run": "zz", "metric": "m"}}, "left.run: 'zz' is not known"),
     "key": ({"left": {"run": "a", "metirc": "m"}}, "unknown key 'metirc'.*metric"),
     "margin": ({"margin": "much"}, "margin: expected a number, got 'much'"),
     "bool margin": ({"margin": True}, "margin: expected a number"),
@@ -80,7 +80,7 @@ CLAIM_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "constants": ({"left": 1, "right": 2}, "has to be the metric of a run"),
     "id": ({"id": "A b"}, "lower-case words joined by hyphens"),
     "statement": ({"statement": ""}, "statement: expected a text"),
-    "known_failure": ({"known_failure": True}, "known_failure: expected a text"),
+    "note": ({"note": True}, "note: expected a text"),
 }
 
 

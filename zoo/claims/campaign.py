@@ -8,11 +8,9 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,14 +24,14 @@ from zoo.runs import read_json, write_atomically
 #: File in a run's directory that says which run it is; without it a directory is never removed.
 MARKER = "reproduce.json"
 LOG = "output.log"
+#: Threads of a run, unless told otherwise: the small networks of a claim gain little from more.
+THREADS = 2
 POLL_SECONDS = 0.1
 #: How long a child may take to write a checkpoint after SIGTERM.
 GRACE_SECONDS = 60.0
-#: Exit codes of the command line that do not come from the run itself.
-MISUSE = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """One run with one seed.
 
@@ -129,9 +127,32 @@ class Observer(Protocol):
     def failed(self, task: Task, reason: str) -> None: ...
 
 
+class Process(Protocol):
+    """A command that runs; `zoo.children.Child` is one."""
+
+    @property
+    def exitcode(self) -> int | None: ...
+
+    def send(self, number: int) -> None: ...
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end; kill it after `timeout` seconds and raise `TimeoutError`."""
+
+
+#: Starts the words of a zoo command with changes to the environment; its output is appended to a file.
+Start = Callable[[Sequence[str], Mapping[str, str], Path], Process]
+
+
+def start_child(argv: Sequence[str], env: Mapping[str, str], log: Path) -> Process:
+    """Start a command in a child process."""
+    from zoo.children import Child
+
+    return Child(argv, env=env, log=log)
+
+
 @dataclass
 class _Active:
-    process: subprocess.Popen[bytes]
+    process: Process
     command: str
     resumed: bool
     since: float = field(default_factory=time.monotonic)
@@ -144,8 +165,9 @@ class Campaign:
         tasks: Tasks in an order in which each comes after those that it needs.
         plan: The plan they belong to.
         observer: Is told what happens.
-        jobs: How many at once; the processor's threads are divided among them.
-        launcher: What starts a zoo command; its process id and the command's words are appended.
+        jobs: How many at once.
+        threads: Threads of each run; if None its share of the processor, at most `THREADS`.
+        start: What starts a zoo command.
     """
 
     def __init__(
@@ -154,13 +176,14 @@ class Campaign:
         plan: Plan,
         observer: Observer,
         jobs: int = 1,
-        launcher: Sequence[str] = (sys.executable, "-m", "zoo.child"),
+        threads: int | None = None,
+        start: Start = start_child,
     ) -> None:
-        self.plan, self.observer, self.jobs, self.launcher = plan, observer, jobs, tuple(launcher)
+        self.plan, self.observer, self.jobs, self.start = plan, observer, jobs, start
         self.tasks = {(task.run.name, task.seed): task for task in tasks}
         self.active: dict[Task, _Active] = {}
         self.failures: dict[Task, str] = {}
-        self.threads = max(1, available_threads() // jobs)
+        self.threads = threads or max(1, min(THREADS, available_threads() // jobs))
 
     def make(self, wanted: Sequence[Task]) -> dict[Task, str]:
         """Make `wanted` and return those that failed, with the reason; a failure does not stop the others."""
@@ -173,7 +196,7 @@ class Campaign:
                     now = time.monotonic()
                     self.observer.tick({task: now - state.since for task, state in self.active.items()})
                     for task, state in list(self.active.items()):
-                        if state.process.poll() is not None:
+                        if state.process.exitcode is not None:
                             self._ended(task, self.active.pop(task))
             finally:
                 self._stop()
@@ -208,22 +231,19 @@ class Campaign:
         marker = {"fingerprint": task.fingerprint, "claims": {c.id: digest(c.terms) for c in self.plan.claims}}
         write_atomically(task.directory / MARKER, json.dumps(marker))
 
-    def _launch(self, task: Task, command: str, resume: bool = True) -> None:
-        resume = resume and command == "fit" and (task.directory / "config.yaml").is_file()
+    def _launch(self, task: Task, command: str) -> None:
+        resume = command == "fit" and (task.directory / "config.yaml").is_file()
         try:
+            if fingerprints(self.plan, [task.seed])[task.run.name][task.seed] != task.fingerprint:
+                raise UsageError("config or code has changed since this reproduce began", "call it again")
             words = [command, "--resume", str(task.directory)] if resume else self.words(task, command)
         except UsageError as error:
             self._fail(task, str(error))
             return
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
-        environment.setdefault("WANDB_MODE", "disabled")
-        with (task.directory / LOG).open("ab") as log:
-            log.write(f"$ zoo {' '.join(words)}\n".encode())
-            log.flush()
-            process = subprocess.Popen(
-                [*self.launcher, str(os.getpid()), *words],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, process_group=0,
-            )  # fmt: skip
+        environment = {"OMP_NUM_THREADS": str(self.threads), "WANDB_MODE": os.environ.get("WANDB_MODE", "disabled")}
+        with (task.directory / LOG).open("a", encoding="utf-8") as log:
+            log.write(f"$ zoo {' '.join(words)}\n")
+        process = self.start(words, environment, task.directory / LOG)
         self.active[task] = _Active(process, command, resume)
         self.observer.started(task, resume)
 
@@ -261,16 +281,11 @@ class Campaign:
         return PLACEHOLDER.sub(fact, value)
 
     def _ended(self, task: Task, state: _Active) -> None:
-        code = state.process.returncode
-        if code == MISUSE and state.resumed:
-            # the run cannot be continued, e.g. because its checkpoints are damaged: make it again
-            shutil.rmtree(task.directory)
-            self._prepare(task)
-            self._launch(task, state.command, resume=False)
-            return
+        code = state.process.exitcode
         remaining = task.remaining()
         if code or state.command in remaining:
-            self._fail(task, f"{state.command} ended with code {code}\n{log_tail(task.directory / LOG)}")
+            hint = f"\nremove {task.directory} to start it anew" if state.resumed else ""
+            self._fail(task, f"{state.command} ended with code {code}\n{log_tail(task.directory / LOG)}{hint}")
         elif remaining:
             self._launch(task, remaining[0])
         else:
@@ -283,14 +298,12 @@ class Campaign:
     def _stop(self) -> None:
         """Let the children write a checkpoint and end; they are in groups of their own, so no signal reached them."""
         for state in self.active.values():
-            state.process.send_signal(signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                state.process.send(signal.SIGTERM)
         deadline = time.monotonic() + GRACE_SECONDS
         for state in self.active.values():
-            try:
+            with suppress(TimeoutError):
                 state.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                state.process.kill()
-                state.process.wait()
         self.active.clear()
 
 

@@ -1,8 +1,9 @@
 """What a result depends on, as a hash: the config, and the code that the method and its data are made of.
 
 The code is found without importing it: from the modules of the classes in a config, along their import statements,
-through the zoo's shared parts and the package of the class. Comments, docstrings, line breaks and the card do not
-count, so that a better explanation does not make results stale; neither does the frame that starts and records runs.
+through the zoo's shared parts and the package of the class. Comments, docstrings, line breaks, the card and modules
+called `figures` do not count, so that a better explanation does not make results stale; neither do the frame that starts
+and records runs, data files and the versions of libraries, which the results file names.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def code_files(paths: Iterable[str]) -> dict[str, str]:
     modules = {path.rpartition(".")[0] for path in paths}
     followed = {*SHARED, *(module.partition(".")[0] for module in modules)}
     out: dict[str, str] = {}
-    queue = sorted(modules)
+    queue = sorted(module for module in modules if _counts(module, followed))
     while queue:
         module = queue.pop()
         path = _file(module)
@@ -76,6 +77,8 @@ def code_hash(paths: Iterable[str]) -> str:
 
 def _counts(module: str, followed: set[str]) -> bool:
     top = module.partition(".")[0]
+    if module.rpartition(".")[2] == "figures":
+        return False
     if top == "zoo":
         return module.startswith(ZOO_PARTS)
     return top in followed

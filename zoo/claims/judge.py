@@ -30,7 +30,7 @@ def judge(claim: Claim, runs: Mapping[str, Metrics], seeds: Sequence[int]) -> di
 
     Returns:
         The entry of the results file: the claim's own words and terms, `mean`, `std` and `per_seed` of the differences,
-        `value` (their aggregate), `holds` (None before all seeds are there) and `note` (why there is no verdict).
+        `value` (their aggregate), `holds` (None before all seeds are there) and `problem` (what is missing or not finite).
     """
     done = [str(seed) for seed in seeds if all(str(seed) in runs.get(name, {}) for name in claim.runs)]
     missing = missing_metric(claim, runs, done)
@@ -44,7 +44,7 @@ def judge(claim: Claim, runs: Mapping[str, Metrics], seeds: Sequence[int]) -> di
     # not every aggregate is NaN when a value is: max([1, nan]) is 1
     value = AGGREGATES[claim.aggregate](differences) if mean is not None else None
     complete = bool(done) and len(done) == len(seeds)
-    note = missing or (f"{len(done)} of {len(seeds)} seeds" if not complete else "")
+    problem = missing or (f"{len(done)} of {len(seeds)} seeds" if not complete else "")
     return {
         "id": claim.id,
         "statement": claim.statement,
@@ -58,8 +58,8 @@ def judge(claim: Claim, runs: Mapping[str, Metrics], seeds: Sequence[int]) -> di
         "per_seed": {seed: _finite(d) for seed, d in zip(done, differences, strict=True)},
         "value": value,
         "holds": None if not complete else value is not None and value >= claim.margin,
-        "note": note or ("a metric is not finite" if complete and value is None else ""),
-        "known_failure": claim.known_failure,
+        "problem": problem or ("a metric is not finite" if complete and value is None else ""),
+        "note": claim.note,
     }
 
 

@@ -95,7 +95,7 @@ class Claim:
         right: The other side.
         margin: By how much; fixed before the runs.
         aggregate: How the differences of the seeds become one number; `min` asks every seed to hold.
-        known_failure: What was tried, if the claim is known not to hold.
+        note: What has to be said about it, e.g. what was tried where it does not hold.
     """
 
     id: str
@@ -105,7 +105,7 @@ class Claim:
     right: Side
     margin: float = 0.0
     aggregate: str = "mean"
-    known_failure: str = ""
+    note: str = ""
 
     @property
     def runs(self) -> tuple[str, ...]:

@@ -190,7 +190,7 @@ def _in_order(reader: _Reader, runs: Mapping[str, Run], place: str) -> dict[str,
 
 def _claim(reader: _Reader, value: Any, place: str, runs: Mapping[str, Run]) -> Claim:
     required = ("id", "statement", "paper", "left", "right")
-    body = reader.mapping(value, place, required, ("margin", "aggregate", "known_failure"))
+    body = reader.mapping(value, place, required, ("margin", "aggregate", "note"))
     claim_id = reader.text(body["id"], f"{place}.id")
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", claim_id):
         raise reader.error(f"{place}.id", f"expected lower-case words joined by hyphens, got {claim_id!r}")
@@ -206,7 +206,7 @@ def _claim(reader: _Reader, value: Any, place: str, runs: Mapping[str, Run]) -> 
         right,
         reader.number(body.get("margin", 0.0), f"{place}.margin"),
         reader.choice(body.get("aggregate", "mean"), f"{place}.aggregate", AGGREGATES),
-        reader.text(body["known_failure"], f"{place}.known_failure") if "known_failure" in body else "",
+        reader.text(body["note"], f"{place}.note") if "note" in body else "",
     )
 
 

@@ -63,6 +63,11 @@ class Results:
             self.content[key] = summary.get(key, "" if key == "commit" else {})
         self.content["threads"] = hardware.get("threads")
 
+    def drop(self, run: str, seed: int) -> None:
+        """Forget a result that is about to be made again, so that no claim is judged on two versions of the code."""
+        for key in ("runs", "seconds", "provenance"):
+            self.content.get(key, {}).get(run, {}).pop(str(seed), None)
+
     def problems(self) -> list[str]:
         """Say what is missing, stale or no longer what the claims file says."""
         out = []
@@ -104,9 +109,9 @@ class Results:
         return out
 
     def write(self) -> None:
-        """Write the JSON file at once, without what is stale."""
+        """Judge the claims and write the JSON file in one step."""
         for key in ("runs", "seconds", "provenance"):
-            self.content[key] = self._current(self.content.get(key, {}))
+            self.content[key] = self._planned(self.content.get(key, {}))
         claims, reports = self.judged(), self.reports()
         seeds = sorted({int(seed) for of_run in self.content["runs"].values() for seed in of_run})
         order = ("hardware", "threads", "versions", "commit")
@@ -126,15 +131,10 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
-    def _current(self, by_run: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Drop runs that the plan no longer has and results of other configs or code."""
-        out: dict[str, dict[str, Any]] = {}
-        for name in self.plan.runs:
-            seeds = {s: v for s, v in by_run.get(name, {}).items() if int(s) in self.fingerprints[name]}
-            kept = {s: v for s, v in seeds.items() if self.recorded(name, int(s))}
-            if kept:
-                out[name] = dict(sorted(kept.items(), key=lambda item: int(item[0])))
-        return out
+    def _planned(self, by_run: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Drop runs and seeds that the plan no longer has."""
+        kept = {n: [s for s in map(str, self.plan.seeds) if s in by_run.get(n, {})] for n in self.plan.runs}
+        return {name: {seed: by_run[name][seed] for seed in seeds} for name, seeds in kept.items() if seeds}
 
 
 def read_all(directory: Path) -> list[dict[str, Any]]:
@@ -204,9 +204,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def notes_of(claim: Mapping[str, Any]) -> list[str]:
     """Return what has to be said about a judged claim besides its numbers."""
-    out = [claim["note"]] if claim["note"] else []
-    if claim["known_failure"]:
-        out.append(f"tried: {claim['known_failure']}")
+    out = [text for text in (claim["problem"], claim["note"]) if text]
     if not claim["fixed_before_runs"]:
         out.append("the margin was set or changed after some of its runs")
     return out

@@ -40,19 +40,21 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--scale", default="", help="scale of the claims file (default: its first one)")
     parser.add_argument("--seeds", type=int, metavar="N", help="only the first N seeds")
     parser.add_argument("--only", action="append", metavar="ID", help="only what this claim needs; may be repeated")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once; the threads are divided")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of each run (default: its share, at most 2)")
     parser.add_argument(
         "--check", action="store_true", help="run nothing: are the results complete, current, and do all hold?"
     )
-    parser.add_argument("--allow-failing", action="store_true", help="--check accepts claims with a known_failure")
+    parser.add_argument("--allow-failing", action="store_true", help="--check accepts claims that fail and have a note")
     parser.add_argument("--table", action="store_true", help="run nothing: judge again and write pages and figures")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="default: runs/reproduce"
     )
     args = parser.parse_args(argv)
-    if args.jobs < 1:
-        raise UsageError(f"--jobs {args.jobs}: at least 1")
+    for option in ("jobs", "threads"):
+        if (value := getattr(args, option)) is not None and value < 1:
+            raise UsageError(f"--{option} {value}: at least 1")
     if args.check or args.table:
         plans = [load_plan(find_claims(args.name), args.scale)] if args.name else measured_plans(args.results)
         return (
@@ -65,7 +67,8 @@ def main(argv: list[str]) -> int:
     plan = load_plan(find_claims(args.name), args.scale)
     if args.seeds is not None and not 1 <= args.seeds <= len(plan.seeds):
         raise UsageError(f"--seeds {args.seeds}: {plan.path} lists {len(plan.seeds)}", "add seeds to the claims file")
-    return reproduce(plan, plan.seeds[: args.seeds], args.only or [], args.jobs, args.results, args.runs)
+    seeds, only = plan.seeds[: args.seeds], args.only or []
+    return reproduce(plan, seeds, only, args.jobs, args.results, args.runs, threads=args.threads)
 
 
 def measured_plans(results: Path) -> list[Plan]:
@@ -101,6 +104,8 @@ def reproduce(
     with exclusive(runs_dir / plan.method / plan.scale):
         tasks = [task for task in plan_tasks(plan, seeds, runs_dir) if task.run.name in chosen]
         wanted = tasks_to_make(tasks, lambda task: results.recorded(task.run.name, task.seed))
+        for task in wanted:
+            results.drop(task.run.name, task.seed)
         display = Display(results, tasks, wanted, jobs)
         for task in tasks:
             # finished, but killed before it was written down
@@ -113,6 +118,8 @@ def reproduce(
     show_claims(results.content["claims"])
     for task, reason in failures.items():
         print(f"\n{task} failed ({task.directory / LOG}):\n{reason}", file=sys.stderr)
+    for line in results.problems():
+        print(f"not complete: {line}", file=sys.stderr)
     print(f"\nwritten: {results.path.with_suffix('.md')}")
     return 1 if failures else 0
 
@@ -121,7 +128,7 @@ def check(plans: Sequence[Plan], results_dir: Path, allow_failing: bool, everyth
     """Say whether the results are complete, of the present config and code, and which claims hold.
 
     Returns:
-        0 only if nothing is missing or stale and every claim holds, or fails with a `known_failure` where allowed.
+        0 only if nothing is missing or stale and every claim holds, or fails and has a note where that is allowed.
     """
     good = True
     for plan in plans:
@@ -137,7 +144,7 @@ def check(plans: Sequence[Plan], results_dir: Path, allow_failing: bool, everyth
         for line in problems:
             print(f"  stale: {line}")
         show_claims(claims)
-        accepted = [c["holds"] or (allow_failing and c["holds"] is False and c["known_failure"]) for c in claims]
+        accepted = [c["holds"] or (allow_failing and c["holds"] is False and c["note"]) for c in claims]
         good = good and not problems and all(accepted)
     if everything:
         page = results_dir / OVERALL
