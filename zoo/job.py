@@ -237,7 +237,7 @@ class Job:
                 "use the options that the checkpoint was trained with", detail=str(error),
             ) from error  # fmt: skip
         if isinstance(error, FileNotFoundError | ValueError):
-            if _raised_in(error.__traceback__, ("prepare_data", "setup")):
+            if _raised_in(error.__traceback__, ("prepare_data", "setup", "load_state_dict")):
                 raise UsageError(f"{self.method}: {first}", "", detail=traceback.format_exc()) from error
             if _raised_in(error.__traceback__, ("batch",)):
                 raise RunError(

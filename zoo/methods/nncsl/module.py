@@ -56,7 +56,8 @@ class NNCSL(pl.LightningModule):
         num_classes: Classes of the whole stream, renumbered in the order of their arrival.
         num_tasks: Tasks that divide the classes.
         in_channels: Channels of the images.
-        backbone: `name` and options of a backbone (`{name: small_conv, channels: [16, 32, 64]}`); null is the official ResNet-18 with its stem for 32-pixel images.
+        backbone: `name` and options of a backbone (`{name: small_conv, channels: [16, 32, 64]}`); null is the official
+            ResNet-18 with its stem for 32-pixel images.
         projector: Layers of the projector whose output the neighbours compare.
         w_paws: Weight of L_SNN, consistency between views.
         w_me: Weight of L_MEM, which spreads the mean prediction.
