@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +115,19 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the figures, which take longer than everything else."""
+    monkeypatch.setattr("zoo.claims.figures.draw", lambda result, path: False)
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setattr("zoo.claims.campaign.POLL_SECONDS", 0.01)
     monkeypatch.setenv("FAKE_CALLS", str(tmp_path / "calls.log"))
     made = World(tmp_path)
     importlib.invalidate_caches()
-    yield made
+    return made
 
 
 @pytest.fixture

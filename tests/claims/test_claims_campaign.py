@@ -16,6 +16,8 @@ from zoo.claims.campaign import exclusive, option_text
 from zoo.config import parse_yaml
 from zoo.errors import UsageError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ALL = ["a/0 fit", "a/0 test", "b/0 fit", "b/0 test", "a/1 fit", "a/1 test", "b/1 fit", "b/1 test"]
 
 

@@ -37,7 +37,8 @@ def test_comments_docstrings_layout_and_unrelated_code_do_not(world) -> None:
     before = hashes(world)
     (world.package / "losses.py").write_text('"""Losses."""\n\n# a comment\nRATE   =  1  # why\n')
     (world.package / "method.py").write_text(
-        '"""Doc."""\nfrom fakepkg import losses\n\n\nclass Method:\n    """Doc.\n\n    More."""\n\n    rate = losses.RATE\n'
+        '"""Doc."""\nfrom fakepkg import losses\n\n\nclass Method:\n'
+        '    """Doc.\n\n    More."""\n\n    rate = losses.RATE\n'
     )
     (world.package / "unrelated.py").write_text("x = 2\n")
     assert hashes(world) == before

@@ -60,6 +60,11 @@ class Task:
         """Whether the directory holds this very task."""
         return read_json(self.directory / MARKER).get("fingerprint") == self.fingerprint
 
+    @property
+    def resumed(self) -> int:
+        """How often the run went on after it was stopped."""
+        return len(list(self.directory.glob("config.resume-*.yaml")))
+
     def remaining(self) -> list[str]:
         """Commands that have not finished."""
         stages = self.summary.get("stages", {}) if self.known else {}

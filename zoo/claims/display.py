@@ -54,7 +54,7 @@ class Display(Observer):
     def take(self, task: Task) -> None:
         """Write a finished task into the results file."""
         marker = read_json(task.directory / MARKER)
-        self.results.record(task.run.name, task.seed, task.summary, marker.get("claims", {}))
+        self.results.record(task.run.name, task.seed, task.summary, marker.get("claims", {}), task.resumed)
         self.results.write()
 
     def started(self, task: Task, resumed: bool) -> None:

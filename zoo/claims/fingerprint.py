@@ -2,8 +2,8 @@
 
 The code is found without importing it: from the modules of the classes in a config, along their import statements,
 through the zoo's shared parts and the package of the class. Comments, docstrings, line breaks, the card and modules
-called `figures` do not count, so that a better explanation does not make results stale; neither do the frame that starts
-and records runs, data files and the versions of libraries, which the results file names.
+called `figures` do not count, so that a better explanation does not make results stale; neither do the frame that
+starts and records runs, data files, and the versions of libraries, which the results file names.
 """
 
 from __future__ import annotations

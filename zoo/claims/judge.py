@@ -30,7 +30,7 @@ def judge(claim: Claim, runs: Mapping[str, Metrics], seeds: Sequence[int]) -> di
 
     Returns:
         The entry of the results file: the claim's own words and terms, `mean`, `std` and `per_seed` of the differences,
-        `value` (their aggregate), `holds` (None before all seeds are there) and `problem` (what is missing or not finite).
+        `value` (their aggregate), `holds` (None before all seeds are there) and `problem` (what is missing).
     """
     done = [str(seed) for seed in seeds if all(str(seed) in runs.get(name, {}) for name in claim.runs)]
     missing = missing_metric(claim, runs, done)

@@ -14,6 +14,7 @@ from zoo.claims.plan import Plan
 from zoo.runs import read_json, write_atomically
 
 OVERALL = "README.md"
+REWRITE = "zoo reproduce NAME --table writes them again"
 GENERATED = "Made by `zoo reproduce` from {source}; not to be edited."
 
 
@@ -39,7 +40,9 @@ class Results:
         entry = self.content.get("provenance", {}).get(run, {}).get(str(seed), {})
         return str(entry.get("fingerprint", ""))
 
-    def record(self, run: str, seed: int, summary: Mapping[str, Any], claims: Mapping[str, str]) -> None:
+    def record(
+        self, run: str, seed: int, summary: Mapping[str, Any], claims: Mapping[str, str], resumed: int = 0
+    ) -> None:
         """Take over the outcome of a run from its `summary.json`.
 
         Args:
@@ -47,6 +50,7 @@ class Results:
             seed: Its seed.
             summary: The summary.
             claims: Claim id -> hash of its terms when the run began.
+            resumed: How often the run went on after a stop; its seconds are then those of the last part.
         """
         name, hardware = str(seed), summary.get("hardware", {})
         metrics = {k: v if v is None or math.isfinite(v) else None for k, v in sorted(summary["metrics"].items())}
@@ -58,6 +62,7 @@ class Results:
             "hardware": hardware_name(hardware),
             "threads": hardware.get("threads"),
             "claims": dict(claims),
+            "resumed": resumed,
         }
         for key in ("hardware", "versions", "commit"):
             self.content[key] = summary.get(key, "" if key == "commit" else {})
@@ -77,7 +82,7 @@ class Results:
             out += [f"{name}: no result for seed {', '.join(map(str, missing))}"] if missing else []
             out += [f"{name}: config or code changed since seed {', '.join(map(str, stale))} ran"] if stale else []
         if not out and (self.judged() != self.content.get("claims") or self.reports() != self.content.get("reports")):
-            out.append("the claims file changed since the results were written: zoo reproduce --table")
+            out.append(f"the verdicts do not follow from runs and claims file any more: {REWRITE}")
         return out
 
     def judged(self) -> list[dict[str, Any]]:
@@ -210,6 +215,11 @@ def notes_of(claim: Mapping[str, Any]) -> list[str]:
     return out
 
 
+def was_resumed(result: Mapping[str, Any], run: str) -> bool:
+    """Return whether a run was stopped and went on for some seed."""
+    return any(entry["resumed"] for entry in result["provenance"].get(run, {}).values())
+
+
 def method_markdown(result: Mapping[str, Any], figure: bool) -> str:
     """Return the page of one results file."""
     name = f"{result['method']}.{result['scale']}"
@@ -246,9 +256,12 @@ def method_markdown(result: Mapping[str, Any], figure: bool) -> str:
         ]  # fmt: skip
         lines += [table(["run", "metric", "mean ± std", "seeds"], rows), ""]
     rows = [
-        [run, str(len(seeds)), f"{sum(seeds.values()) / len(seeds):.0f}"] for run, seeds in result["seconds"].items()
+        [run, str(len(seeds)), f"{'> ' * was_resumed(result, run)}{sum(seeds.values()) / len(seeds):.0f}"]
+        for run, seeds in result["seconds"].items()
     ]
     lines += ["## Runs", "", table(["run", "seeds", "seconds each"], rows), ""]
+    if any(was_resumed(result, run) for run in result["seconds"]):
+        lines += [">: stopped and resumed; only the last part was timed.", ""]
     return "\n".join(lines)
 
 
@@ -285,5 +298,6 @@ def write_pages(directory: Path) -> list[Path]:
         page = stem.with_name(f"{stem.name}.md")
         write_atomically(page, method_markdown(result, drawn))
         written.append(page)
+    directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / OVERALL, overall_markdown(read_all(directory)))
     return [*written, directory / OVERALL]

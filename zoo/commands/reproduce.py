@@ -14,6 +14,7 @@ from zoo.claims.plan import Plan
 from zoo.claims.reader import find_claims, load_plan
 from zoo.claims.results import (
     OVERALL,
+    REWRITE,
     Results,
     method_markdown,
     notes_of,
@@ -139,7 +140,7 @@ def check(plans: Sequence[Plan], results_dir: Path, allow_failing: bool, everyth
         if results.content and not problems:
             text = method_markdown(results.content, page.with_suffix(".png").is_file())
             if not page.is_file() or page.read_text(encoding="utf-8") != text:
-                problems.append(f"{page} is not what the JSON file says: zoo reproduce --table")
+                problems.append(f"{page} is not what the JSON file says: {REWRITE}")
         print(f"{plan.method} ({plan.scale})")
         for line in problems:
             print(f"  stale: {line}")
@@ -149,7 +150,7 @@ def check(plans: Sequence[Plan], results_dir: Path, allow_failing: bool, everyth
     if everything:
         page = results_dir / OVERALL
         if (page.read_text(encoding="utf-8") if page.is_file() else "") != overall_markdown(read_all(results_dir)):
-            print(f"stale: {page} is not what the JSON files say: zoo reproduce --table")
+            print(f"stale: {page} is not what the JSON files say: {REWRITE}")
             good = False
     return 0 if good else 1
 
