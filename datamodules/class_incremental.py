@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Union
 
 import torch
 from torch import Tensor
@@ -12,6 +12,12 @@ from datamodules.augment import Augment, normalise
 from datamodules.images import ImageBatch, draw_split, make_views
 from datamodules.loading import Batches, ResumableLoader, ZooDataModule, cycled_order, keyed_generator
 from datamodules.streams import Stream, class_positions, draw_supports, labels_per_class
+
+if TYPE_CHECKING:
+    from datamodules.image_files import FolderSource, ImageFiles
+
+#: Images that an index tensor picks from, as uint8 `[n, c, H, W]`.
+Images: TypeAlias = Union[Tensor, "ImageFiles"]
 
 
 class ClassIncrementalBatch(TypedDict):
@@ -87,17 +93,17 @@ class _TrainBatches(Batches):
 class _EvalBatches(Batches):
     """Images as they are, in order."""
 
-    def __init__(self, data: ClassIncrementalImages, images: Tensor, target: Tensor) -> None:
-        self.data, self.images, self.target = data, images, target
+    def __init__(self, data: ClassIncrementalImages, images: Images, target: Tensor, chosen: Tensor) -> None:
+        self.data, self.images, self.target, self.chosen = data, images, target, chosen
 
     def __len__(self) -> int:
-        return -(-len(self.images) // self.data.eval_batch_size)
+        return -(-len(self.chosen) // self.data.eval_batch_size)
 
     def batch(self, epoch: int, index: int) -> ImageBatch:
-        start = index * self.data.eval_batch_size
-        images = self.images[start : start + self.data.eval_batch_size]
-        rows = self.rows(len(images))
-        return {"image": self.data.plain(images[rows]), "target": self.target[start : start + len(images)][rows]}
+        size = self.data.eval_batch_size
+        chosen = self.chosen[index * size : (index + 1) * size]
+        mine = chosen[self.rows(len(chosen))]
+        return {"image": self.data.plain(self.images[mine]), "target": self.target[mine]}
 
 
 class ClassIncrementalImages(ZooDataModule):
@@ -111,9 +117,11 @@ class ClassIncrementalImages(ZooDataModule):
     Validation serves the test images first, for the accuracy matrix, and then the validation split, to choose by.
 
     Args:
-        source: Data set in memory: `fashion_mnist`, `cifar10`, `cifar100` or `digits`.
+        source: Data set in memory: `fashion_mnist`, `cifar10`, `cifar100` or `digits`; or `image_folder` for the files
+            in `root/train/<class>/*` and `root/val/<class>/*`.
         root: Folder to look in first; then `$ZOO_DATA`, `data`, `~/data` and where a system package puts it.
         download: Whether to fetch it, if it is nowhere.
+        image_size: Height and width at which `image_folder` reads; null is 256. The other sources have their own.
         num_tasks: Tasks, which divide the classes equally.
         class_order: The classes in the order of their arrival; null for the natural order.
         epochs_per_task: Epochs of a task.
@@ -140,9 +148,9 @@ class ClassIncrementalImages(ZooDataModule):
         order of a class is drawn once.
     """
 
-    images: Tensor
+    images: Images
     target: Tensor
-    test: tuple[Tensor, Tensor]
+    test: tuple[Images, Tensor]
     stream: Stream
 
     def __init__(
@@ -150,6 +158,7 @@ class ClassIncrementalImages(ZooDataModule):
         source: str = "fashion_mnist",
         root: str | None = None,
         download: bool = False,
+        image_size: int | None = None,
         num_tasks: int = 5,
         class_order: list[int] | None = None,
         epochs_per_task: int = 1,
@@ -171,6 +180,7 @@ class ClassIncrementalImages(ZooDataModule):
     ) -> None:
         super().__init__(num_workers, data_seed)
         for key, value, least in (
+            ("image_size", image_size, 1),
             ("epochs_per_task", epochs_per_task, 1),
             ("steps_per_epoch", steps_per_epoch, 1),
             ("unlabelled_per_task", unlabelled_per_task, 1),
@@ -185,7 +195,7 @@ class ClassIncrementalImages(ZooDataModule):
                 raise ValueError(f"{key}: {value} is not accepted; accepted: {least} or more")
         if labels_per_class is None and label_fraction is None:
             labels_per_class = 10
-        self.source = sources.source(source)
+        self.source = self._source(source, root, image_size)
         self.root, self.download = root, download
         self.num_tasks, self.class_order = num_tasks, class_order
         self.positions = class_positions(self.num_classes, num_tasks, class_order)
@@ -207,6 +217,18 @@ class ClassIncrementalImages(ZooDataModule):
         )
         self.validation: Tensor | None = None
         self.unlabelled: list[Tensor] = []
+
+    @staticmethod
+    def _source(name: str, root: str | None, image_size: int | None) -> sources.ImageSource | FolderSource:
+        if name == "image_folder":
+            from datamodules.image_files import FolderSource
+
+            return FolderSource(root, image_size or 256)
+        if name not in sources.SOURCES:
+            raise ValueError(f"source: no data set {name!r}; accepted: {', '.join(sources.SOURCES)}, image_folder")
+        if image_size is not None:
+            raise ValueError(f"image_size: {image_size} is not accepted; accepted: null, images of {name} have a size")
+        return sources.source(name)
 
     @property
     def num_classes(self) -> int:
@@ -323,14 +345,14 @@ class ClassIncrementalImages(ZooDataModule):
     def val_dataloader(self) -> list[ResumableLoader]:
         """Serve `ImageBatch` of the test images and, unless `val_per_class` is 0, of the validation split."""
         chosen = self.validation if self.validation is not None else torch.empty(0, dtype=torch.long)
-        held_out = [self._evaluation(self.images[chosen], self.target[chosen])] if len(chosen) else []
+        held_out = [self._evaluation(self.images, self.target, chosen)] if len(chosen) else []
         return [self.test_dataloader(), *held_out]
 
     def test_dataloader(self) -> ResumableLoader:
         """Serve `ImageBatch` of the test images of all classes."""
-        return self._evaluation(*self.test)
+        return self._evaluation(*self.test, torch.arange(len(self.test[1])))
 
     predict_dataloader = test_dataloader
 
-    def _evaluation(self, images: Tensor, target: Tensor) -> ResumableLoader:
-        return self.loader(_EvalBatches(self, images, target), same_every_epoch=True)
+    def _evaluation(self, images: Images, target: Tensor, chosen: Tensor) -> ResumableLoader:
+        return self.loader(_EvalBatches(self, images, target, chosen), same_every_epoch=True)

@@ -231,3 +231,31 @@ def test_a_resume_with_another_stream_is_refused(changes):
     with pytest.raises(ValueError, match=f"{key}: ".replace("[", r"\[")) as error:
         make(**changes).load_state_dict(state)
     assert str(value) in str(error.value)
+
+
+def test_folders_of_image_files_make_a_stream(tmp_path: Path):
+    image = pytest.importorskip("PIL.Image")
+    for part, count in (("train", 8), ("val", 2)):
+        for label in range(4):
+            folder = tmp_path / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                image.new("RGB", (12, 10), (60 * label, 0, 20 * i)).save(folder / f"{i}.png")
+    data = make(source="image_folder", root=str(tmp_path), image_size=8, num_tasks=2, val_per_class=2, batch_size=6)
+    assert (data.num_classes, data.in_channels, data.image_size) == (4, 3, 8)
+    batch = batches(data).batch(2, 0)
+    assert batch["views"][0].shape == (6, 3, 8, 8)
+    mean, std = torch.tensor(data.source.mean), torch.tensor(data.source.std)
+    red = batch["supports"][0][:, 0].mean(dim=(1, 2)) * std[0] + mean[0]
+    torch.testing.assert_close(red * 255, 60.0 * batch["support_y"])
+    assert batch["exemplars"].shape == (9, 3, 8, 8)
+    assert batches(data).batch(0, 0)["exemplars"].shape == (0, 3, 8, 8)
+    test, validation = data.val_dataloader()
+    assert [len(batch["image"]) for batch in test] == [len(batch["image"]) for batch in validation] == [8]
+
+
+def test_missing_folders_are_an_error_that_says_where(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="no class folders in .*train; set `data.init_args.root`"):
+        make(source="image_folder", root=str(tmp_path))
+    with pytest.raises(ValueError, match="image_size: 8 is not accepted; accepted: null, images of toy have a size"):
+        make(image_size=8)

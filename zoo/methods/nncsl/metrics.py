@@ -54,12 +54,12 @@ def matrix_figure(matrix: Tensor) -> Figure:
     tasks = len(matrix)
     figure = Figure(figsize=(1.5 + 0.6 * tasks, 1.2 + 0.55 * tasks), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="viridis")
+    image = axes.imshow(100 * matrix.numpy(), vmin=0, vmax=100, cmap="viridis")
     for t, j in torch.nonzero(matrix.isfinite()).tolist():
         value = matrix[t, j].item()
         axes.text(j, t, f"{100 * value:.0f}", ha="center", va="center", color="white" if value < 0.6 else "black")
-    axes.set(xlabel="accuracy on task (%)", ylabel="after task", xticks=range(tasks), yticks=range(tasks))
+    axes.set(xlabel="task", ylabel="after task", xticks=range(tasks), yticks=range(tasks))
     axes.set_xticklabels([str(j + 1) for j in range(tasks)])
     axes.set_yticklabels([str(t + 1) for t in range(tasks)])
-    figure.colorbar(image, ax=axes)
+    figure.colorbar(image, ax=axes, label="accuracy (%)")
     return figure
