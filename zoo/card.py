@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 #: Version of the contract between the zoo and its methods. A plugin declares the one it was written for.
 ZOO_API = "1"
@@ -27,6 +28,8 @@ class Card:
             datamodule attribute on the right to the constructor argument on the left. The attribute must be there
             before `setup` runs.
         skip_checks: Conformance checks that the method cannot meet: `{check id: reason in words}`.
+        check_options: Options under which a check is made that the defaults cannot meet, instead of skipping it:
+            `{check id: {"model.mix": False}}`.
         compiles: Whether `torch.compile` is supported.
         extra: Name of the optional-dependency group that the method needs, or `""`.
     """
@@ -39,5 +42,6 @@ class Card:
     kind: str = ""
     links: Mapping[str, str] = field(default_factory=dict)
     skip_checks: Mapping[str, str] = field(default_factory=dict)
+    check_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     compiles: bool = False
     extra: str = ""

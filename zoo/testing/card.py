@@ -93,9 +93,10 @@ def card(subject: Subject) -> Verdict:
     if unknown:
         raise Violation(f"links: the constructor has no argument {unknown[0]!r}")
     names = [c.name for c in CHECKS]
-    for name, why in found.skip_checks.items():
+    for name in (*found.skip_checks, *found.check_options):
         if name not in names:
-            raise Violation(f"skip_checks: there is no check {name!r}; there are {', '.join(names)}")
+            raise Violation(f"skip_checks, check_options: there is no check {name!r}; there are {', '.join(names)}")
+    for name, why in found.skip_checks.items():
         if len(why.split()) < 3:
             raise Violation(f"skip_checks: {name}: the reason in words, got {why!r}")
     return None

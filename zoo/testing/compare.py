@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 #: Endings of metrics that measure the machine and not the method.
-MEASURED = re.compile(r"_(seconds|ms|us|bytes|per_second)$")
+MEASURED = re.compile(r"(^|_)(seconds|ms|us|bytes|per_second)$")
 SHOWN = 3
+#: Share of the largest gradient below which others consist of rounding errors, e.g. of a bias before a batch norm.
+NOISE = 1e-3
 
 
 def differences(left: Any, right: Any, where: str = "") -> list[str]:
@@ -34,16 +36,23 @@ def differences(left: Any, right: Any, where: str = "") -> list[str]:
     return [] if left == right or (left != left and right != right) else [f"{where}: {left!r} and {right!r}"]
 
 
+def unmeasured(value: Any) -> Any:
+    """Return nested mappings without the entries that measure the machine."""
+    if not isinstance(value, Mapping):
+        return value
+    return {k: unmeasured(v) for k, v in value.items() if not (isinstance(k, str) and MEASURED.search(k))}
+
+
 def row_differences(left: Sequence[Mapping[str, str]], right: Sequence[Mapping[str, str]]) -> list[str]:
     """Compare the rows of two `metrics.csv`; measured times and sizes may differ."""
-    kept = [[{k: v for k, v in row.items() if v and not MEASURED.search(k)} for row in rows] for rows in (left, right)]
+    kept = [[{k: v for k, v in unmeasured(row).items() if v} for row in rows] for rows in (left, right)]
     return differences(kept[0], kept[1], "metrics.csv")
 
 
 def gradient_differences(left: Mapping[str, Tensor], right: Mapping[str, Tensor], tolerance: float) -> list[str]:
     """Name the tensors that differ by more than `tolerance` of the largest number in them.
 
-    A tensor whose numbers are all below a millionth of the largest gradient is rounding noise and is not looked at.
+    Where all numbers of a tensor are small, `NOISE` of the largest gradient takes the place of its own largest number.
     """
     largest = max((float(g.abs().max()) for g in right.values() if g.numel()), default=0.0)
     out = []
@@ -53,7 +62,7 @@ def gradient_differences(left: Mapping[str, Tensor], right: Mapping[str, Tensor]
             size = float((b if a is None else a).abs().max())  # type: ignore[union-attr]
             off, scale = size, largest
         else:
-            off, scale = float((a - b).abs().max()), max(float(b.abs().max()), 1e-6 * largest)
+            off, scale = float((a - b).abs().max()), max(float(b.abs().max()), NOISE * largest)
         if off > tolerance * scale:
             out.append(f"{name}: off by {off:.3g} where the largest is {scale:.3g}")
     return out

@@ -60,7 +60,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def zoo_subjects(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], Subject]]:
-    """Return a function that gives the subject of a method; its runs are shared by the checks that follow each other."""
+    """Return a function that gives the subject of a method; its runs are shared by its checks."""
     from zoo.testing.subject import Subject
 
     golden = Path(request.config.rootpath, request.config.getini("zoo_golden"))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.testing.compare import as_floats, differences, gradient_differences, told
+from zoo.testing.compare import NOISE, as_floats, differences, gradient_differences, told
 from zoo.testing.kit import Verdict, Violation, check
 from zoo.testing.probes import NoDropout, Recorder
 from zoo.testing.subject import SHORT, Subject, probe
@@ -53,13 +53,14 @@ def ranks(subject: Subject) -> Verdict:
 def state_differences(left: dict[str, Tensor], right: dict[str, Tensor], gradients: dict[str, Tensor]) -> list[str]:
     """Name the tensors of two states that differ; entries with a gradient near zero are left out, see above."""
     found = []
+    largest = max((float(g.abs().max()) for g in gradients.values()), default=0.0)
     whole = {k: v for k, v in right.items() if k not in as_floats(right)}
     found += differences({k: left[k] for k in whole}, whole, "state")
     for name, value in as_floats(right).items():
         a, b = left[name], value
         if name in gradients:
             grad = gradients[name].abs()
-            clear = grad > 1e-3 * grad.max()
+            clear = grad > max(1e-3 * float(grad.max()), NOISE * 1e-2 * largest)
             a, b = a[clear], b[clear]
         scale = float(value.abs().max()) if value.numel() else 0.0
         if a.numel() and float((a - b).abs().max()) > STATE_TOLERANCE * max(scale, 1e-3):

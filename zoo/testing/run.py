@@ -64,7 +64,9 @@ def outcome(one: Check, subject: Subject) -> Outcome:
         card = getattr(subject.cls, "card", None)
         if isinstance(card, Card) and one.name in card.skip_checks:
             return ended("skipped", card.skip_checks[one.name])
-        return ended("passed", one(subject) or "")
+        subject.options = dict(card.check_options.get(one.name, {})) if isinstance(card, Card) else {}
+        changed = [f"with {key} {value}" for key, value in subject.options.items()]
+        return ended("passed", "; ".join(filter(None, [one(subject), *changed])))
     except NotApplicable as found:
         return ended("skipped", str(found))
     except Violation as found:
@@ -73,3 +75,5 @@ def outcome(one: Check, subject: Subject) -> Outcome:
         return ended("failed" if found.owner == one.name else "blocked", str(found))
     except Exception as error:
         return ended("failed", reason(error))
+    finally:
+        subject.options = {}

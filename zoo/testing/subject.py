@@ -31,6 +31,7 @@ from zoo.config import load_layers, resolve_config
 from zoo.errors import UsageError
 from zoo.main import main
 from zoo.runs import RunResult
+from zoo.testing.compare import unmeasured
 from zoo.testing.kit import Broken
 from zoo.testing.probes import Recorder
 
@@ -71,9 +72,9 @@ class Run:
         return checkpoints_newest_first(self.folder)[0]
 
     def final(self) -> dict[str, Any]:
-        """The newest checkpoint's content without counters of the loops and what names this run."""
+        """The newest checkpoint's content without counters of the loops, what names this run, and measured times."""
         content = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        return {key: value for key, value in content.items() if key not in LOOPS}
+        return unmeasured({key: value for key, value in content.items() if key not in LOOPS})
 
 
 class Subject:
@@ -89,7 +90,8 @@ class Subject:
         self.name, self.folder, self.golden = name, folder.absolute(), golden.absolute()
         self.entry = registry.find("methods", name)
         self._count = 0
-        self._failure: Broken | None = None
+        #: Laid over every config that a check makes, see `Card.check_options`.
+        self.options: dict[str, Any] = {}
 
     @cached_property
     def cls(self) -> type[LightningModule]:
@@ -143,7 +145,7 @@ class Subject:
     def words(self, overrides: Mapping[str, Any], callbacks: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         """Arguments of `zoo.run` for the smoke config with changes."""
         added = {"trainer.callbacks+": list(callbacks)} if callbacks else {}
-        return {"config": [self.smoke], "overrides": {**overrides, **added}}
+        return {"config": [self.smoke], "overrides": {**overrides, **self.options, **added}}
 
     def fit(self, tag: str, overrides: Mapping[str, Any], callbacks: Sequence[dict[str, Any]] = ()) -> Run:
         """Train the smoke config with changes, in this process."""
@@ -179,7 +181,8 @@ class Subject:
     @cached_property
     def _base(self) -> Run | Broken:
         try:
-            return self.fit("smoke", {}, [probe(Recorder)])
+            call = {"config": self.smoke, "overrides": {"trainer.callbacks+": [probe(Recorder)]}}
+            return in_process("fit", run_dir=self.new_folder("smoke"), **call)
         except Exception as error:
             return Broken(_owner(error), reason(error))
 

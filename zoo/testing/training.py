@@ -20,8 +20,8 @@ FRACTIONS = re.compile(r"/(acc|accuracy|iou)(_|$)")
 
 @check(
     "smoke",
-    "`configs/<name>/smoke.yaml` fits, validates and tests in seconds on two CPU cores and needs no network; it writes a "
-    "checkpoint every few steps",
+    "`configs/<name>/smoke.yaml` fits, validates and tests in seconds on two CPU cores and needs no network; it "
+    "writes a checkpoint every few steps",
 )
 def smoke(subject: Subject) -> Verdict:
     """It runs as it is shipped, writes a checkpoint every few steps, and can be evaluated."""

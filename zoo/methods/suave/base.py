@@ -129,7 +129,7 @@ class ClusteringModule(LightningModule):
         quarters = self.pseudo_labels.compute()
         if not quarters[0].isnan():
             last = quarters[~quarters.isnan()][-1]
-            self.log_dict({"fit/pseudo_acc_first_quarter": quarters[0], "fit/pseudo_acc_last_quarter": last})
+            self.log_dict({"train/pseudo_acc_first_quarter": quarters[0], "train/pseudo_acc_last_quarter": last})
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 

@@ -85,6 +85,8 @@ class Suave(ClusteringModule):
         batch="datamodules.images.SemiSupervisedBatch",
         kind="vision, semi-supervised",
         links={"num_classes": "num_classes", "in_channels": "in_channels"},
+        check_options={"ranks": {"model.mix_labelled": False, "model.mix_unlabelled": False}},
+        skip_checks={"accumulation": "assignments are balanced over the whole batch, which halves are not"},
     )
 
     def __init__(
