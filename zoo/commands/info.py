@@ -51,6 +51,8 @@ def print_claims(name: str) -> None:
     """Print the measured claims of a method, where the results are at hand."""
     for path in sorted((Path(__file__).parents[2] / "results").glob(f"{name}.*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
+        if not result["claims"]:
+            continue
         print(f"\nclaims   ({result['scale']} scale, {len(result['seeds'])} seeds)")
         for claim in result["claims"]:
             verdict = "holds" if claim["holds"] else "FAILS"

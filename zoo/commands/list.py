@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
+import textwrap
 from collections import Counter
 
 from zoo import registry
 from zoo.config import shipped_configs
+from zoo.explain import options_of
 
 
 def main(argv: list[str]) -> int:
@@ -32,10 +35,16 @@ def main(argv: list[str]) -> int:
             source = "" if r["dist"] == registry.OWN_DISTRIBUTION else f"  [{r['dist']} {r['version']}]"
             problem = f"  NOT USABLE: {r['problem']}" if r["problem"] else ""
             print(f"  {r['name']:<24} {r['summary']}{source}{problem}".rstrip())
-    if configs:
-        print("configs:")
-        for name in configs:
-            print(f"  {name}")
+    folders: dict[str, list[str]] = {}
+    for name in configs:
+        folder, _, rest = name.rpartition("/")
+        folders.setdefault(folder, []).append(rest)
+    if folders:
+        print("configs (--config NAME/CONFIG):")
+    for folder, names in folders.items():
+        print(
+            textwrap.fill(f"{folder + '/':<24} {' '.join(names)}", 120, initial_indent="  ", subsequent_indent=" " * 27)
+        )
     return 0
 
 
@@ -59,6 +68,9 @@ def row(entry: registry.Entry) -> dict[str, str]:
     summary = str(card.get("summary", ""))
     if card.get("arxiv"):
         summary += f" (arXiv {card['arxiv']})"
+    if not summary and not problem:
+        # the first sentence of the docstring
+        summary = re.split(r"[.;](?:\s|$)", options_of(entry)[0].replace("\n", " "), maxsplit=1)[0]
     return {
         "group": entry.group, "name": entry.name, "summary": summary, "class": entry.class_path,
         "dist": entry.dist, "version": entry.version, "problem": problem,
