@@ -187,8 +187,8 @@ def grow_mazes(grid: Grid, count: int, low: int, high: int, rng: np.random.Gener
     """Grow `count` mazes and return those that can be asked about, without label and end.
 
     A cell's key is its depth, its number of openings, its orbit, and its distance from the start as if there were no
-    walls. A maze is kept if some key with a depth in `low..high` occurs on both sides of the cut; one such key is drawn,
-    the depth uniformly and then a cell that has it. Neither looks at a label.
+    walls. A maze is kept if some key with a depth in `low..high` occurs on both sides of the cut; one such key is
+    drawn, the depth uniformly and then a cell that has it. Neither looks at a label.
     """
     cells, sides = grid.cells, grid.sides
     start = rng.integers(cells, size=count)
@@ -224,7 +224,7 @@ def grow_mazes(grid: Grid, count: int, low: int, high: int, rng: np.random.Gener
         "eccentricity": np.where(lost, 0, depth).max(axis=1).astype(np.int16),
         "candidates": key == wanted[:, None],
     }
-    return rows_of(mazes, matched.any(axis=1) & cuttable.any(axis=1))
+    return rows_of(mazes, np.flatnonzero(matched.any(axis=1) & cuttable.any(axis=1)))
 
 
 class Maze(Task):

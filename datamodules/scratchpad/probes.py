@@ -162,7 +162,8 @@ def main(arguments: list[str] | None = None) -> None:
         chosen = DEFAULTS[name] | {key: value for key, value in given.items() if value is not None}
         try:
             task = make_task(name, chosen["image_size"], chosen["size"])
-            rows = probe(task, *chosen["difficulty"], options.samples, options.seed, not options.no_pixels)
+            low, high = chosen["difficulty"]
+            rows = probe(task, low, high, options.samples, options.seed, not options.no_pixels)
         except ValueError as error:
             parser.error(str(error))
         error_of_half = 0.5 / (options.samples // 2) ** 0.5
