@@ -59,7 +59,7 @@ class TaskCosts:
 
     def __init__(self, num_tasks: int) -> None:
         self.seconds = [0.0] * num_tasks
-        self.peak_mib = [0.0] * num_tasks
+        self.peak_bytes = [0] * num_tasks
         self._started = time.perf_counter()
 
     def start(self) -> None:
@@ -70,16 +70,16 @@ class TaskCosts:
         """Add the epoch to its task. Memory is that of tensors on a GPU, of the whole process on a CPU."""
         self.seconds[task] += time.perf_counter() - self._started
         if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device) / 2**20
+            peak = torch.cuda.max_memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        self.peak_mib[task] = max(self.peak_mib[task], peak)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # given in KiB
+        self.peak_bytes[task] = max(self.peak_bytes[task], peak)
 
     def state_dict(self) -> dict[str, Any]:
-        """Seconds and MiB of each task."""
-        return {"seconds": self.seconds, "peak_mib": self.peak_mib}
+        """Seconds and bytes of each task."""
+        return {"seconds": self.seconds, "peak_bytes": self.peak_bytes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them over."""
-        self.seconds, self.peak_mib = list(state["seconds"]), list(state["peak_mib"])
+        self.seconds, self.peak_bytes = list(state["seconds"]), list(state["peak_bytes"])

@@ -413,8 +413,8 @@ class NNCSL(pl.LightningModule):
         """Give loggers that take tables (W&B) the accuracy matrix, and seconds and memory of each task."""
         matrix = accuracy_matrix(self.correct, self.total).cpu()
         tasks = range(self.hparams["num_tasks"])
-        rows = [[t + 1, *matrix[t].tolist(), self.costs.seconds[t], self.costs.peak_mib[t]] for t in tasks]
-        columns = ["after task", *(f"task {j + 1}" for j in tasks), "seconds", "peak MiB"]
+        rows = [[t + 1, *matrix[t].tolist(), self.costs.seconds[t], self.costs.peak_bytes[t]] for t in tasks]
+        columns = ["after task", *(f"task {j + 1}" for j in tasks), "seconds", "peak bytes"]
         for logger in self.loggers:
             if hasattr(logger, "log_table"):
                 logger.log_table("test/accuracy_matrix", columns=columns, data=rows)
