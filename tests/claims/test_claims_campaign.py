@@ -203,6 +203,7 @@ def test_a_killed_campaign_goes_on_where_it_was(world: World, number: int) -> No
         time.sleep(0.005)
     os.killpg(process.pid, number) if number == signal.SIGKILL else process.send_signal(number)
     assert process.wait(30) != 0
+    assert (world.results / "fake.cpu.md").is_file(), "what is measured already has its page"
     assert world.reproduce(seeds=1) == 0
     assert world.calls() == ["a/0 fit", "a/0 test", "b/0 fit", "b/0 fit resumed", "b/0 test"]
     steps = [int(line) for line in (halfway.parents[1] / "executed").read_text().split()]

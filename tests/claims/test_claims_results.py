@@ -10,7 +10,7 @@ import pytest
 
 from tests.claims.conftest import World
 from zoo.claims.reader import claims_files, load_plan
-from zoo.claims.results import OVERALL, method_markdown, overall_markdown, read_all
+from zoo.claims.results import OVERALL, method_markdown, overall_markdown, plus_minus, read_all
 from zoo.main import main
 
 
@@ -129,7 +129,7 @@ def test_pages_say_what_the_file_says(world: World, make_claim) -> None:
     world.write(claims=[make_claim(), second], report=report)
     world.reproduce(threads=2)
     page = (world.results / "fake.cpu.md").read_text()
-    assert "| A beats B. | Table 1: 2 against 1 | test/acc | a 0.705 ± 0.0071 | b 0.505 ± 0.0071 | +0.2" in page
+    assert "| Table 1: 2 against 1 | test/acc | a 0.7050 ± 0.0071 | b 0.5050 ± 0.0071 | +0.2" in page
     assert "Fake CPU, 2 threads" in page
     assert "## Accuracy | all" in page
     assert (world.results / "fake.cpu.png").read_bytes().startswith(b"\x89PNG")
@@ -177,3 +177,12 @@ class TestOfThisRepository:
         for result in read_all(repository / "results"):
             plan = load_plan(claims_files()[result["method"]][0], result["scale"])
             assert set(result["runs"]) <= set(plan.runs)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "text"),
+    [(0.41234, 0.0441, "0.412 ± 0.044"), (123.4, 31.0, "123 ± 31"), (-0.5, 0.0071, "-0.5000 ± 0.0071"), (2.0, 0.0, "2"),
+     (0.5, None, "0.5"), (None, None, "–")],
+)  # fmt: skip
+def test_a_mean_is_given_as_exactly_as_its_spread_allows(mean: float | None, std: float | None, text: str) -> None:
+    assert plus_minus(mean, std) == text

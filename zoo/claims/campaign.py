@@ -131,6 +131,8 @@ class Observer(Protocol):
 
     def failed(self, task: Task, reason: str) -> None: ...
 
+    def stopping(self) -> None: ...
+
 
 class Process(Protocol):
     """A command that runs; `zoo.children.Child` is one."""
@@ -302,6 +304,8 @@ class Campaign:
 
     def _stop(self) -> None:
         """Let the children write a checkpoint and end; they are in groups of their own, so no signal reached them."""
+        if self.active:
+            self.observer.stopping()
         for state in self.active.values():
             with suppress(ProcessLookupError):
                 state.process.send(signal.SIGTERM)

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from zoo.claims.campaign import LOG, MARKER, Observer, Task
-from zoo.claims.results import Results, number
+from zoo.claims.results import Results, number, write_texts
 from zoo.runs import read_json
 
 
@@ -56,6 +56,7 @@ class Display(Observer):
         marker = read_json(task.directory / MARKER)
         self.results.record(task.run.name, task.seed, task.summary, marker.get("claims", {}), task.resumed)
         self.results.write()
+        write_texts(self.results.path.parent)
 
     def started(self, task: Task, resumed: bool) -> None:
         if task not in self.bars:
@@ -100,6 +101,9 @@ class Display(Observer):
     def failed(self, task: Task, reason: str) -> None:
         self._over(task)
         self.say(f"[{self.done}/{self.total}] {task}: failed, {reason.splitlines()[0]}")
+
+    def stopping(self) -> None:
+        self.say("stopping; the runs write their checkpoints, the same command goes on with them")
 
     @property
     def total(self) -> int:

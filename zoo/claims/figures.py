@@ -10,15 +10,18 @@ from typing import Any
 from zoo.claims.judge import spread
 from zoo.claims.results import metric_of
 
-ROW_INCHES = 0.32
+ROW_INCHES = 0.26
+WIDTH_INCHES = 10.0
+DOTS_PER_INCH = 130
 COLOURS = {True: "tab:green", False: "tab:red", None: "tab:gray"}
 
 
 def draw(result: Mapping[str, Any], path: Path) -> bool:
     """Draw a row of panels for each metric that the claims compare or the reports show, and save them as PNG.
 
-    On the left every run: seeds as dots, mean and standard deviation as a bar. On the right the claims on that metric:
-    `left - right` of each seed as dots, the margin as a line, green where the claim holds.
+    On the left every run: seeds as dots, the mean as a stroke, the standard deviation as a band. On the right the
+    claims on that metric: `left - right` of each seed as dots, what is judged as a stroke, the margin as a dashed line,
+    green where the claim holds.
 
     Returns:
         Whether there was anything to draw.
@@ -29,13 +32,14 @@ def draw(result: Mapping[str, Any], path: Path) -> bool:
     if not panels:
         return False
     heights = [max(len(runs), len(claims), 2) for runs, claims in panels.values()]
-    figure = Figure(figsize=(11, 0.9 * len(panels) + ROW_INCHES * sum(heights)), layout="constrained")
-    axes = figure.subplots(len(panels), 2, squeeze=False, gridspec_kw={"height_ratios": [h + 1.5 for h in heights]})
+    size = (WIDTH_INCHES, 0.75 * len(panels) + ROW_INCHES * sum(heights))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(panels), 2, squeeze=False, gridspec_kw={"height_ratios": [h + 1.0 for h in heights]})
     for row, (metric, (runs, claims)) in zip(axes, panels.items(), strict=True):
         _draw_runs(row[0], metric, runs)
         _draw_claims(row[1], claims)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(aside, format="png", dpi=110, metadata={"Software": None})
+    figure.savefig(aside, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     aside.replace(path)
     return True
 
@@ -65,12 +69,11 @@ def _panels(result: Mapping[str, Any]) -> dict[str, tuple[dict[str, list[float]]
 def _draw_runs(axes: Any, metric: str, runs: Mapping[str, list[float]]) -> None:
     for y, values in enumerate(runs.values()):
         mean, std = spread(values)
-        axes.plot(values, [y] * len(values), "o", color="tab:blue", alpha=0.5, markersize=4)
-        axes.errorbar([mean], [y], xerr=None if std is None else [std], fmt="|", color="black", capsize=3)
-    axes.set_yticks(range(len(runs)), list(runs), fontsize=8)
-    axes.set_ylim(len(runs) - 0.5, -0.5)
-    axes.set_title(metric, fontsize=9)
-    axes.grid(axis="x", alpha=0.3)
+        if mean is not None:
+            axes.plot([mean - (std or 0), mean + (std or 0)], [y, y], "-", color="tab:blue", alpha=0.3, linewidth=5)
+            axes.plot([mean], [y], "|", color="black", markersize=10)
+        axes.plot(values, [y] * len(values), "o", color="tab:blue", markersize=4, markeredgewidth=0)
+    _style(axes, list(runs), metric)
 
 
 def _draw_claims(axes: Any, claims: list[Mapping[str, Any]]) -> None:
@@ -79,10 +82,21 @@ def _draw_claims(axes: Any, claims: list[Mapping[str, Any]]) -> None:
         return
     for y, claim in enumerate(claims):
         differences = [d for d in claim["per_seed"].values() if d is not None]
-        axes.plot(differences, [y] * len(differences), "o", color=COLOURS[claim["holds"]], alpha=0.6, markersize=4)
-        axes.plot([claim["margin"]] * 2, [y - 0.35, y + 0.35], "-", color="black", linewidth=1)
+        colour = COLOURS[claim["holds"]]
+        axes.plot(differences, [y] * len(differences), "o", color=colour, markersize=4, markeredgewidth=0)
+        if claim["value"] is not None:
+            axes.plot([claim["value"]], [y], "|", color="black", markersize=10)
+        axes.plot([claim["margin"]] * 2, [y - 0.4, y + 0.4], "--", color=colour, linewidth=1.2)
     axes.axvline(0, color="black", linewidth=0.5, alpha=0.4)
-    axes.set_yticks(range(len(claims)), [claim["id"] for claim in claims], fontsize=8)
-    axes.set_ylim(len(claims) - 0.5, -0.5)
-    axes.set_title("left − right, margin as a line", fontsize=9)
+    _style(axes, [claim["id"] for claim in claims], "left − right; dashed: the margin")
+
+
+def _style(axes: Any, labels: list[str], title: str) -> None:
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.tick_params(labelsize=8, length=0)
+    axes.locator_params(axis="x", nbins=6)
+    axes.margins(x=0.08)
     axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right", "left"]].set_visible(False)

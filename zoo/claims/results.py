@@ -164,9 +164,18 @@ def number(value: float | None, signed: bool = False) -> str:
 
 
 def plus_minus(mean: float | None, std: float | None, signed: bool = False) -> str:
-    """Return `mean ± std`."""
-    text = number(mean, signed)
-    return text if std is None or mean is None else f"{text} ± {std:.2g}"
+    """Return `mean ± std`, two digits of the standard deviation and as many decimals of the mean."""
+    if mean is None or not std:
+        return number(mean, signed)
+    decimals = max(0, 1 - math.floor(math.log10(std)))
+    return f"{mean:{'+' if signed else ''}.{decimals}f} ± {std:.{decimals}f}"
+
+
+def difference_text(claim: Mapping[str, Any]) -> str:
+    """Return the difference of a judged claim: mean and spread, and what is judged where that is not the mean."""
+    text = plus_minus(claim["mean"], claim["std"], signed=True)
+    other = claim["aggregate"] != "mean" and claim["std"] is not None
+    return f"{text}, {claim['aggregate']} {number(claim['value'], signed=True)}" if other else text
 
 
 def verdict(claim: Mapping[str, Any]) -> str:
@@ -174,13 +183,13 @@ def verdict(claim: Mapping[str, Any]) -> str:
     return {True: "yes", False: "**no**", None: "open"}[claim["holds"]]
 
 
-def side_text(side: Mapping[str, Any] | float) -> str:
-    """Return one side of a judged claim with its value."""
+def side_text(side: Mapping[str, Any] | float, between: str = " ") -> str:
+    """Return one side of a judged claim with its value, separated by `between`."""
     if not isinstance(side, Mapping):
         return number(side)
     factor = f"{side['times']:g} × " if "times" in side else ""
     aggregate = f"{side['aggregate']} of " if "aggregate" in side else ""
-    return f"{factor}{aggregate}{side['run']} {plus_minus(side['mean'], side['std'])}"
+    return f"{factor}{aggregate}{side['run']}{between}{plus_minus(side['mean'], side['std'])}"
 
 
 def metric_of(claim: Mapping[str, Any]) -> str:
@@ -240,7 +249,7 @@ def method_markdown(result: Mapping[str, Any], figure: bool) -> str:
         rows = [
             [
                 c["statement"], c["paper"], metric_of(c), side_text(c["left"]), side_text(c["right"]),
-                plus_minus(c["mean"], c["std"], signed=True), f"{c['margin']:g} ({c['aggregate']})", verdict(c),
+                difference_text(c), f"{c['margin']:g}", verdict(c),
             ]
             for c in result["claims"]
         ]  # fmt: skip
@@ -270,8 +279,7 @@ def overall_markdown(results: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         [
             f"[{r['method']}]({r['method']}.{r['scale']}.md)", c["statement"], c["paper"],
-            f"{side_text(c['left'])}; {side_text(c['right'])}; difference {plus_minus(c['mean'], c['std'], True)} "
-            f"(margin {c['margin']:g})",
+            f"{side_text(c['left'])}; {side_text(c['right'])}; {difference_text(c)} (margin {c['margin']:g})",
             str(len(c["per_seed"])), hardware_name(r["hardware"] or {}), f"{seconds_of(r, runs_of(c)):.0f}", verdict(c),
         ]
         for r in results
@@ -289,15 +297,24 @@ def write_pages(directory: Path) -> list[Path]:
     """Write page and figure of each results file, and the overall table; return what was written."""
     from zoo.claims.figures import draw
 
-    written = []
-    for result in read_all(directory):
-        stem = directory / f"{result['method']}.{result['scale']}"
-        figure = stem.with_name(f"{stem.name}.png")
-        drawn = draw(result, figure)
-        written += [figure] if drawn else []
-        page = stem.with_name(f"{stem.name}.md")
-        write_atomically(page, method_markdown(result, drawn))
-        written.append(page)
+    figures = [figure for result in read_all(directory) if draw(result, figure := beside(directory, result, "png"))]
+    return [*figures, *write_texts(directory)]
+
+
+def write_texts(directory: Path) -> list[Path]:
+    """Write the page of each results file, with its figure if there is one, and the overall table."""
+    results = read_all(directory)
+    texts = {
+        beside(directory, result, "md"): method_markdown(result, beside(directory, result, "png").is_file())
+        for result in results
+    }
+    texts[directory / OVERALL] = overall_markdown(results)
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / OVERALL, overall_markdown(read_all(directory)))
-    return [*written, directory / OVERALL]
+    for path, text in texts.items():
+        write_atomically(path, text)
+    return list(texts)
+
+
+def beside(directory: Path, result: Mapping[str, Any], suffix: str) -> Path:
+    """Return the file with another suffix that belongs to a results file."""
+    return directory / f"{result['method']}.{result['scale']}.{suffix}"

@@ -16,11 +16,11 @@ from zoo.claims.results import (
     OVERALL,
     REWRITE,
     Results,
+    difference_text,
     method_markdown,
     notes_of,
     number,
     overall_markdown,
-    plus_minus,
     read_all,
     side_text,
     write_pages,
@@ -173,16 +173,16 @@ def show_claims(claims: Sequence[Mapping[str, Any]]) -> None:
     if not claims:
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("claim", "left", "right", "difference", "margin", "holds"):
-        table.add_column(column, overflow="fold")
+    for column in ("claim", "left", "right", "left − right", "margin", "holds"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("margin", "holds"))
     verdicts = {True: "[green]yes[/green]", False: "[red]no[/red]", None: "[yellow]open[/yellow]"}
     for claim in claims:
         table.add_row(
-            claim["id"], side_text(claim["left"]), side_text(claim["right"]),
-            plus_minus(claim["mean"], claim["std"], signed=True), number(claim["margin"]), verdicts[claim["holds"]],
+            claim["id"], *(side_text(claim[side], between="\n") for side in ("left", "right")),
+            difference_text(claim).replace(", ", "\n"), number(claim["margin"]), verdicts[claim["holds"]],
         )  # fmt: skip
     console = Console()
     console.print(table)
     for claim in claims:
         for note in notes_of(claim):
-            console.print(f"  {claim['id']}: {note}", style="dim", markup=False)
+            console.print(f"  {claim['id']}: {note}", style="dim", markup=False, highlight=False)
