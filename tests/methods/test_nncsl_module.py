@@ -369,6 +369,23 @@ def test_a_resume_with_another_stream_is_refused(
     assert "Traceback" not in err
 
 
+def test_loggers_of_tables_get_matrix_and_costs():
+    model, tables = make_model(), {}
+    model.correct[0, 0], model.correct[1, :2] = 3, torch.tensor([2, 1])
+    model.total += 4
+    model.costs.seconds[:2] = [1.5, 2.5]
+    logger = type("Tables", (), {"log_table": lambda self, key, **table: tables.update({key: table})})()
+    model._trainer = type("Stub", (), {"loggers": [logger]})()
+    model._log_tables()
+    table = tables["test/accuracy_matrix"]
+    assert table["columns"][:4] == ["after task", "task 1", "task 2", "task 3"]
+    assert [row[:5] for row in table["data"]] == [
+        [1, 0.75, None, None, 1.5],
+        [2, 0.5, 0.25, None, 2.5],
+        [3, None, None, None, 0.0],
+    ]
+
+
 def test_memory_does_not_grow_with_the_tasks(tmp_path: Path):
     sizes = []
     for epochs in (2, 5):

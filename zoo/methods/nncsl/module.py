@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -411,9 +412,12 @@ class NNCSL(pl.LightningModule):
 
     def _log_tables(self) -> None:
         """Give loggers that take tables (W&B) the accuracy matrix, and seconds and memory of each task."""
-        matrix = accuracy_matrix(self.correct, self.total).cpu()
+        matrix = accuracy_matrix(self.correct, self.total).tolist()
         tasks = range(self.hparams["num_tasks"])
-        rows = [[t + 1, *matrix[t].tolist(), self.costs.seconds[t], self.costs.peak_bytes[t]] for t in tasks]
+        rows: list[list[Any]] = [
+            [t + 1, *(None if math.isnan(r) else r for r in matrix[t]), self.costs.seconds[t], self.costs.peak_bytes[t]]
+            for t in tasks
+        ]
         columns = ["after task", *(f"task {j + 1}" for j in tasks), "seconds", "peak bytes"]
         for logger in self.loggers:
             if hasattr(logger, "log_table"):
