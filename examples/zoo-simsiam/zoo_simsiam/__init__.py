@@ -1,0 +1,1 @@
+"""SimSiam (arXiv 2011.10566) as a plugin of the method zoo."""
