@@ -171,6 +171,10 @@ class ZooDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.data_seed = data_seed
 
+    def __getstate__(self) -> dict[str, Any]:
+        # batches may hold the datamodule; a worker process that is not forked gets the data and not the trainer
+        return {**self.__dict__, "trainer": None}
+
     def loader(self, batches: Batches, same_every_epoch: bool = False) -> ResumableLoader:
         """Return a loader of this process's part of `batches`; evaluation sets `same_every_epoch`."""
         if self.trainer is not None:
