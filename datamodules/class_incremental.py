@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Union
 
 import torch
@@ -47,63 +48,67 @@ class _TrainBatches(Batches):
     """Batches of the task that an epoch belongs to."""
 
     def __init__(self, data: ClassIncrementalImages) -> None:
-        self.data, self.length = data, data.steps_per_epoch
+        self.images, self.stream, self.unlabelled = data.images, data.stream, data.unlabelled
+        self.views, self.support_view, self.support_views = data.view_list, data.support_augment, data.support_views
+        self.size, self.supports_per_class = data.batch_size, data.supports_per_class
+        self.length, self.epochs_per_task, self.seed = data.steps_per_epoch, data.epochs_per_task, data.data_seed
 
     def __len__(self) -> int:
         return self.length
 
     def batch(self, epoch: int, index: int) -> ClassIncrementalBatch:
-        data = self.data
-        task, epoch_of_task = divmod(epoch, data.epochs_per_task)
+        task, epoch_of_task = divmod(epoch, self.epochs_per_task)
         step = epoch_of_task * len(self) + index
-        key = (data.data_seed, "stream", epoch, index)
-        chosen, y = draw_supports(data.stream.pool(task), data.supports_per_class, *key, "supports")
+        key = (self.seed, "stream", epoch, index)
+        chosen, y = draw_supports(self.stream.pool(task), self.supports_per_class, *key, "supports")
         rows = self.rows(len(chosen))
-        kept = data.stream.buffer(task - 1) if step == 0 else []
+        kept = self.stream.buffer(task - 1) if step == 0 else []
         exemplars = torch.cat(kept) if kept else chosen[:0]
         out: ClassIncrementalBatch = {
             "task": task,
             "step": step,
-            "steps": data.epochs_per_task * len(self),
+            "steps": self.epochs_per_task * len(self),
             "views": [],
             "supports": [
-                self.augmented(data.support_augment, chosen, rows, *key, f"support{i}")
-                for i in range(data.support_views)
+                self.augmented(self.support_view, chosen, rows, *key, f"support{i}") for i in range(self.support_views)
             ],
             "support_y": y[rows],
             "support_index": chosen[rows],
-            "exemplars": data.plain(data.images[exemplars]),
+            "exemplars": plain(self.images[exemplars], self.support_view.mean, self.support_view.std),
             "exemplar_index": exemplars,
         }
-        if data.view_list:
-            unlabelled, size = data.unlabelled[task], data.batch_size
-            chosen = unlabelled[cycled_order(len(unlabelled), step * size, size, data.data_seed)]
-            rows = self.rows(size)
-            out["views"] = [
-                self.augmented(view, chosen, rows, *key, f"view{i}") for i, view in enumerate(data.view_list)
-            ]
+        if self.views:
+            unlabelled = self.unlabelled[task]
+            chosen = unlabelled[cycled_order(len(unlabelled), step * self.size, self.size, self.seed)]
+            rows = self.rows(self.size)
+            out["views"] = [self.augmented(view, chosen, rows, *key, f"view{i}") for i, view in enumerate(self.views)]
         return out
 
     def augmented(self, view: Augment, chosen: Tensor, rows: slice, *key: int | str) -> Tensor:
         """Draw for the global batch, build this process's rows of it."""
         drawn = view.draw(len(chosen), keyed_generator(*key))
-        return view.apply(self.data.images[chosen[rows]], {name: value[rows] for name, value in drawn.items()})
+        return view.apply(self.images[chosen[rows]], {name: value[rows] for name, value in drawn.items()})
 
 
 class _EvalBatches(Batches):
-    """Images as they are, in order."""
+    """Chosen images as they are, in order."""
 
     def __init__(self, data: ClassIncrementalImages, images: Images, target: Tensor, chosen: Tensor) -> None:
-        self.data, self.images, self.target, self.chosen = data, images, target, chosen
+        self.images, self.target, self.chosen, self.size = images, target, chosen, data.eval_batch_size
+        self.mean, self.std = data.source.mean, data.source.std
 
     def __len__(self) -> int:
-        return -(-len(self.chosen) // self.data.eval_batch_size)
+        return -(-len(self.chosen) // self.size)
 
     def batch(self, epoch: int, index: int) -> ImageBatch:
-        size = self.data.eval_batch_size
-        chosen = self.chosen[index * size : (index + 1) * size]
+        chosen = self.chosen[index * self.size : (index + 1) * self.size]
         mine = chosen[self.rows(len(chosen))]
-        return {"image": self.data.plain(self.images[mine]), "target": self.target[mine]}
+        return {"image": plain(self.images[mine], self.mean, self.std), "target": self.target[mine]}
+
+
+def plain(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalise images `[n, c, H, W]` (uint8) without augmentation; float32."""
+    return normalise(images.float() / 255, mean, std)
 
 
 class ClassIncrementalImages(ZooDataModule):
@@ -265,10 +270,6 @@ class ClassIncrementalImages(ZooDataModule):
             "buffer_size": self.buffer_size,
             "data_seed": self.data_seed,
         }
-
-    def plain(self, images: Tensor) -> Tensor:
-        """Normalise images `[n, c, H, W]` (uint8) without augmentation; float32."""
-        return normalise(images.float() / 255, self.source.mean, self.source.std)
 
     def prepare_data(self) -> None:
         """Look for the data set; fetch it with `download`."""

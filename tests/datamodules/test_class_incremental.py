@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,6 +232,13 @@ def test_a_resume_with_another_stream_is_refused(changes):
     with pytest.raises(ValueError, match=f"{key}: ".replace("[", r"\[")) as error:
         make(**changes).load_state_dict(state)
     assert str(value) in str(error.value)
+
+
+def test_loader_processes_get_the_images_without_trainer_and_source():
+    """The source of these tests cannot be pickled."""
+    data = make()
+    for loader in (data.train_dataloader(), *data.val_dataloader()):
+        assert same(pickle.loads(pickle.dumps(loader.dataset)).batch(2, 0), loader.dataset.batch(2, 0))
 
 
 def test_folders_of_image_files_make_a_stream(tmp_path: Path):
