@@ -36,6 +36,8 @@ def _run(argv: list[str], cwd: str, env: dict[str, str], log: str | None) -> Non
         os.dup2(handle, 2)
     if "torch" in sys.modules and "OMP_NUM_THREADS" in env:  # it was imported with the threads of the server
         sys.modules["torch"].set_num_threads(int(env["OMP_NUM_THREADS"]))
+    # loader workers start as they do in a process of the shell
+    multiprocessing.set_start_method(None, force=True)
     sys.argv = ["zoo", *argv]
     from zoo.main import main
 

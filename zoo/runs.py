@@ -120,6 +120,20 @@ def write_atomically(path: Path, text: str) -> None:
         aside.unlink(missing_ok=True)
 
 
+#: Locks that this process holds. A forked loader worker would hold them on after a SIGKILL of this process, and the
+#: run could not be resumed for seconds.
+_HELD: set[IO[str]] = set()
+
+
+def _let_go_after_fork() -> None:
+    for lock in _HELD:
+        lock.close()
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_after_fork)
+
+
 class RunDirectory:
     """The directory of one run, claimed by one job.
 
@@ -162,6 +176,7 @@ class RunDirectory:
             raise UsageError(
                 f"another job is running in {self.path}", "choose another --run_dir, or wait for it"
             ) from error
+        _HELD.add(self._lock)
         if not known:
             identity = {"schema": SCHEMA_VERSION, "id": secrets.token_hex(4), "method": method, "config": config}
             identity["created"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -170,6 +185,7 @@ class RunDirectory:
     def release(self) -> None:
         """Let another job use the directory; a killed process releases it as well."""
         if self._lock is not None:
+            _HELD.discard(self._lock)
             self._lock.close()
             self._lock = None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 #: Endings of metrics that measure the machine and not the method.
-MEASURED = re.compile(r"(^|_)(seconds|ms|us|bytes|per_second)$")
+MEASURED = re.compile(r"(^|_)(seconds|ms|us|bytes|mib|per_second)$")
 SHOWN = 3
 #: Share of the largest gradient below which others consist of rounding errors, e.g. of a bias before a batch norm.
 NOISE = 1e-3

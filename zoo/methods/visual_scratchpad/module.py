@@ -314,7 +314,8 @@ class VisualScratchpad(LightningModule):
                     value,
                     on_step=False,
                     on_epoch=True,
-                    batch_size=weight,
+                    # Lightning averages the weights of the ranks as whole numbers: 13.5 would become 13
+                    batch_size=weight * world_size(),
                     sync_dist=True,
                     add_dataloader_idx=False,
                 )
