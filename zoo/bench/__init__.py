@@ -1,0 +1,1 @@
+"""How fast a method trains, and what the Trainer costs beside a plain PyTorch loop (`zoo bench`)."""
