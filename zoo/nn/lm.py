@@ -75,7 +75,8 @@ def build_lm(spec: str | Mapping[str, Any], vocab_size: int | None = None) -> Pr
         )
     except OSError as error:
         raise ValueError(f"the model {spec!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    size = len(model.get_input_embeddings().weight)
+    embeddings: Any = model.get_input_embeddings()
+    size = embeddings.num_embeddings
     if vocab_size is not None and size < vocab_size:
         raise ValueError(f"the model {spec!r} has {size} tokens, the data {vocab_size}: it needs the model's tokenizer")
     return model.eval()
