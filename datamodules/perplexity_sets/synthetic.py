@@ -16,7 +16,8 @@ from datamodules.perplexity_sets.batches import (
     SetBatches,
     Sets,
 )
-from datamodules.perplexity_sets.worlds import EOS, PAD, WORLDS, World
+from datamodules.perplexity_sets.worlds import BOS, EOS, PAD, WORLDS, World
+from zoo.nn.sampling import left_pad
 
 SOURCES = ("corpus", "sets")
 
@@ -157,6 +158,11 @@ class PerplexitySets(ZooDataModule):
     def decode(self, tokens: Tensor) -> list[str]:
         """Return the text of each row `[D, T]`."""
         return self.world.decode(tokens)
+
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return the tokens of prompts `[D, T]`, padded on the left, and where they are, bool `[D, T]`."""
+        rows = [torch.tensor([BOS, *(self.world.token[word] for word in text.split())]) for text in texts]
+        return left_pad(rows, PAD)
 
     def judge(self, prompts: Sequence[str], texts: Sequence[str]) -> dict[str, Tensor]:
         """Say what only this world can say of continuations, see `World.judge`."""

@@ -1,0 +1,155 @@
+"""The language model that is tuned: whole or through low-rank adapters, and the likelihood it gives to sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from zoo.nn.lm import IGNORE, build_lm, token_logprobs
+
+
+def build_network(
+    lm: str | Mapping[str, Any],
+    vocab_size: int | None = None,
+    lora_rank: int = 0,
+    lora_alpha: float = 16.0,
+    lora_dropout: float = 0.0,
+    lora_targets: Sequence[str] = (),
+    four_bit: bool = False,
+    gradient_checkpointing: bool = False,
+) -> Any:
+    """Build the model in training mode.
+
+    Args:
+        lm: See `zoo.nn.lm.build_lm`.
+        vocab_size: Number of tokens of the data.
+        lora_rank: Rank of the adapters; 0 trains all weights.
+        lora_alpha: Scale of the adapters times their rank.
+        lora_dropout: Dropout at the adapters' inputs.
+        lora_targets: Names of the layers that get one; none for all linear layers but the head.
+        four_bit: Load frozen weights in 4 bits (nf4) by `bitsandbytes`.
+        gradient_checkpointing: Compute activations again in the backward pass.
+
+    Raises:
+        ValueError: If a target is not there, or 4 bits are asked for weights that are trained or not loaded.
+    """
+    if four_bit and (not isinstance(lm, str) or not lora_rank):
+        raise ValueError(
+            "four_bit: true needs a pre-trained model (lm: a name or path) and adapters (lora_rank of at least 1)"
+        )
+    model = load_four_bit(lm) if four_bit else build_lm(lm, vocab_size)  # type: ignore[arg-type]
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if lora_rank:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        config = LoraConfig(
+            r=lora_rank,
+            lora_alpha=lora_alpha,  # type: ignore[arg-type]
+            lora_dropout=lora_dropout,
+            target_modules=list(lora_targets) or linear_names(model),
+        )
+        model = inject_adapter_in_model(config, model)
+    return model.train()
+
+
+def linear_names(model: Any) -> list[str]:
+    """Return the last parts of the names of all linear layers but the head."""
+    head = model.get_output_embeddings()
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, part in model.named_modules()
+            if (isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D") and part is not head
+        }
+    )
+
+
+def load_four_bit(name: str) -> Any:
+    """Load a model in nf4 onto the current GPU, with bfloat16 arithmetic.
+
+    Raises:
+        ValueError: If `bitsandbytes` is not installed.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("four_bit: true needs the package bitsandbytes: pip install bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    device = {"": torch.cuda.current_device()} if torch.cuda.is_available() else None
+    return AutoModelForCausalLM.from_pretrained(
+        name, trust_remote_code=False, quantization_config=config, device_map=device
+    )
+
+
+@contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """Use the model as it was before its adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def load_base(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load weights `lm.*` of another run into a model, below its adapters where it has some.
+
+    Raises:
+        ValueError: If names or shapes do not fit, naming the first few.
+    """
+    own = model.state_dict()
+    places = {name.replace(".base_layer.", "."): name for name in own if ".lora_" not in name}
+    given = {name.removeprefix("lm."): value for name, value in weights.items() if name.startswith("lm.")}
+    wrong = [n for n in given.keys() & places.keys() if given[n].shape != own[places[n]].shape]
+    if bad := sorted([*(given.keys() ^ places.keys()), *wrong]):
+        raise ValueError(
+            f"init_from: {len(bad)} weights do not fit the model: {', '.join(bad[:3])}; accepted: a checkpoint of the "
+            "same model, trained whole"
+        )
+    model.load_state_dict({**own, **{places[name]: value for name, value in given.items()}})
+
+
+def sentence_logprobs(model: Any, input_ids: Tensor, mask: Tensor, head_chunk: int = 0) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token given those before it.
+
+    Args:
+        model: Causal language model of `transformers`.
+        input_ids: int64 `[N, S]`, padded on either side.
+        mask: bool `[N, S]`, true on tokens.
+        head_chunk: Tokens for which logits are held at once; they are computed again in the backward pass. 0 holds all.
+            The memory of `[N, S, V]` logits is what limits the number of sentences where the vocabulary is large. For
+            models whose logits are a linear map of the last hidden states.
+
+    Returns:
+        float32 `[N, S - 1]` in nats, and bool `[N, S - 1]`: which of them count, a token with a token before it.
+    """
+    positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    counts = mask[:, 1:] & mask[:, :-1]
+    labels = input_ids[:, 1:].masked_fill(~counts, IGNORE)
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
+    if not head_chunk:
+        return token_logprobs(model(**inputs).logits[:, :-1], labels), counts
+    hidden = model.base_model(**inputs).last_hidden_state[:, :-1][counts]
+    head = model.get_output_embeddings()
+
+    def of_chunk(part: Tensor, targets: Tensor) -> Tensor:
+        return token_logprobs(head(part)[None], targets[None])[0]
+
+    pieces = [
+        checkpoint(of_chunk, part, targets, use_reentrant=False)
+        for part, targets in zip(hidden.split(head_chunk), labels[counts].split(head_chunk), strict=True)
+    ]
+    return torch.zeros(counts.shape, device=hidden.device).masked_scatter(counts, torch.cat(pieces)), counts
