@@ -183,9 +183,7 @@ class TemplateCaptions(ZooDataModule):
 
     def described(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images, captions and classes of a part."""
-        text = draw_captions(
-            images, target, self.nouns, self.vocabulary, self.p_class, self.p_wrong, self.data_seed
-        )
+        text = draw_captions(images, target, self.nouns, self.vocabulary, self.p_class, self.p_wrong, self.data_seed)
         return images, text, target
 
     def train_dataloader(self) -> ResumableLoader:

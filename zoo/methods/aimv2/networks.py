@@ -159,7 +159,9 @@ class Trunk(nn.Module):
     ) -> None:
         super().__init__()
         if image_size % patch_size or image_size < 2 * patch_size:
-            raise ValueError(f"patch_size: {patch_size} does not divide the image size {image_size} into several patches")
+            raise ValueError(
+                f"patch_size: {patch_size} does not divide the image size {image_size} into several patches"
+            )
         if pos_embed not in ("absolute", "sincos"):
             raise ValueError(f"pos_embed: {pos_embed!r} is not accepted; accepted: absolute, sincos")
         if pos_embed == "sincos" and width % 4:

@@ -1,0 +1,91 @@
+"""Pictures of what was learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from zoo.methods.aimv2.losses import unpatchify
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def _picture(image: Tensor) -> Any:
+    """An image `[c, H, W]` of any range as an array for `imshow`."""
+    image = image.float().cpu()
+    low, high = image.amin(), image.amax()
+    return ((image - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0).numpy().squeeze()
+
+
+def _show(axes: Any, image: Tensor, title: str = "", size: int = 8) -> None:
+    axes.imshow(_picture(image), cmap="gray", interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title(title, fontsize=size)
+
+
+def patch_figure(target: Tensor, predicted: Tensor, prefix: int, patch_size: int) -> Figure:
+    """Draw normalised patches above the predictions of the next ones.
+
+    Args:
+        target: `[n, I, P]`.
+        predicted: `[n, I, P]`; the first `prefix` patches are given.
+        prefix: Number of patches that are given.
+        patch_size: Side of a patch.
+    """
+    from matplotlib.figure import Figure
+
+    side = round(target.shape[1] ** 0.5) * patch_size
+    shown = [unpatchify(x.clamp(-2.5, 2.5), patch_size, side, side) for x in (target, predicted)]
+    figure = Figure(figsize=(1.3 * len(target), 3.2), layout="constrained")
+    axes = figure.subplots(2, len(target), squeeze=False)
+    for row, (images, name) in enumerate(zip(shown, ("true patches", "predicted"), strict=True)):
+        for column, image in enumerate(images):
+            _show(axes[row][column], image, name if column == 0 else "")
+    figure.suptitle(f"Each patch from the true ones before it, normalised; the first {prefix} are given", fontsize=9)
+    return figure
+
+
+def caption_figure(images: Tensor, true: Sequence[str], said: Sequence[str]) -> Figure:
+    """Draw images `[n, c, H, W]` with their captions and the most likely ones."""
+    from textwrap import fill
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.9 * len(images), 2.9), layout="constrained")
+    axes = figure.subplots(1, len(images), squeeze=False)[0]
+    for axis, image, label, caption in zip(axes, images, true, said, strict=True):
+        _show(axis, image, fill(label, 22), 7)
+        axis.set_xlabel("said: " + fill(caption, 22), fontsize=7)
+    figure.suptitle("Captions of the data above, captions of the decoder below", fontsize=9)
+    return figure
+
+
+def attention_figure(images: Tensor, weights: Tensor, grid: tuple[int, int]) -> Figure:
+    """Draw images `[n, c, H, W]` above the attention `[n, I]` of the probe's query over the patches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.3 * len(images), 3.0), layout="constrained")
+    axes = figure.subplots(2, len(images), squeeze=False)
+    for column, (image, weight) in enumerate(zip(images, weights.float().cpu(), strict=True)):
+        _show(axes[0][column], image)
+        axes[1][column].imshow(weight.view(grid).numpy(), cmap="magma", vmin=0)
+        axes[1][column].axis("off")
+    figure.suptitle("Where the attentive probe looks", fontsize=9)
+    return figure
+
+
+def probe_figure(curves: Mapping[str, Sequence[float]], steps: Sequence[int]) -> Figure:
+    """Draw the validation accuracy of each probe against the steps of training."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name, values in curves.items():
+        axes.plot(steps, values, marker="o", label=name)
+    axes.set(xlabel="step", ylabel="validation accuracy", title="Probes on the frozen encoder")
+    axes.legend()
+    return figure
