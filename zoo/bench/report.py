@@ -181,8 +181,7 @@ def show(content: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    out = Table(box=None, pad_edge=False, title=f"{content['config']}, {content['rows_per_step']:g} samples a step",
-                title_justify="left")  # fmt: skip
+    out = Table(box=None, pad_edge=False)
     out.add_column("")
     out.add_column("fit", justify="right")
     out.add_column("raw loop", justify="right")
@@ -204,6 +203,7 @@ def show(content: Mapping[str, Any]) -> None:
     row("step, 90 % (ms)", "{:.2f}", "step_ms", "p90")
     row("waits for data", "{:.1%}", "data_wait_share")
     console = Console()
+    console.print(f"{content['config']}, {content['rows_per_step']:g} samples a step", highlight=False)
     console.print(out)
     ratio = content["ratio"]
     lines = []
