@@ -205,7 +205,7 @@ def resolve_classes(layers: Layers) -> dict[str, type]:
     return classes
 
 
-def links(model_class: type) -> dict[str, str]:
+def links(model_class: object) -> dict[str, str]:
     """Constructor arguments of a method that the data provide."""
     return dict(getattr(getattr(model_class, "card", None), "links", {}))
 

@@ -31,6 +31,9 @@ from zoo.options import Options
 #: Strategies of Lightning that write a checkpoint in shards, by themselves; `zoo.nn.fsdp2` assembles one file.
 SHARDED = ("'fsdp", "deepspeed", "DeepSpeed", "ModelParallel", "FSDPStrategy")
 
+#: Metrics worth a line at the end of a command.
+RESULTS = {"fit": ("val/", "train/"), "validate": ("val/",), "test": ("test/",), "predict": ("predict/",)}
+
 
 class Stamp(pl.Callback):
     """Writes into every checkpoint what it belongs to, so that it can be used without its config file.
@@ -266,6 +269,10 @@ class Job:
             for callback in trainer.callbacks:
                 if hasattr(callback, "facts"):
                     facts |= callback.facts()
+        if status == "finished":
+            shown = sorted((k for k in metrics if k.startswith(RESULTS[self.options.command])), key=len)[:4]
+            text = "  ".join(f"{key} {metrics[key]:.4g}" for key in sorted(shown))
+            print(f"{self.options.command} finished after {seconds:.0f} s  {text}", file=sys.stderr)
         try:
             directory.add_summary(self.options.command, status, metrics, facts)
         except OSError as error:
