@@ -126,7 +126,7 @@ class SLMBottlenecks(LightningModule):
             self.net.compile()
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64))
         self.tokens_seen: Tensor
-        self.losses = {"val": MeanMetric(), "test": MeanMetric()}
+        self.losses = torch.nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
         #: Validation: tokens seen and loss.
         self.curve: list[tuple[float, float]] = []
         self.rows: list[dict[str, Any]] = []
@@ -151,18 +151,19 @@ class SLMBottlenecks(LightningModule):
         tokens = batch["input_ids"].numel()
         self.flops_per_batch = tokens * flops_per_token(self.shape, batch["input_ids"].shape[1])
         self.tokens_seen += tokens * world_size()
-        logged = {"train/loss": loss.detach()}
+        logged: dict[str, Any] = {"train/loss": loss.detach()}
         now = time.perf_counter()
         if self._last is not None:
-            logged["train/tokens_per_second"] = torch.tensor(tokens * world_size() / (now - self._last))
+            logged["train/tokens_per_second"] = tokens * world_size() / (now - self._last)
         self._last = now
         self.log_dict(logged, on_step=True, on_epoch=False)
         return loss
 
     def _evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
         loss = self.net(batch["input_ids"], batch["labels"])
-        metric = self.losses[stage].to(loss.device)
+        metric = self.losses[stage]
         metric.update(loss.float(), (batch["labels"] != IGNORE).sum())
+        self.log(f"{stage}/loss", metric, on_step=False, on_epoch=True)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Collect the loss, weighted by tokens."""
@@ -173,24 +174,20 @@ class SLMBottlenecks(LightningModule):
         self._evaluate("test", batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the loss and add a point to the curve."""
-        loss = self.losses["val"].compute()
-        self.losses["val"].reset()
+        """Add a point to the curve."""
         self._last = None
-        self.log("val/loss", loss, rank_zero_only=False, sync_dist=False)
-        if not self.trainer.sanity_checking and (tokens := int(self.tokens_seen)):
-            self.curve.append((float(tokens), float(loss)))
+        if not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
+            self.curve.append((float(self.tokens_seen), float(self.losses["val"].compute())))
 
     def on_test_epoch_end(self) -> None:
-        """Log the loss, the law of the validation curve, and the numbers of the study."""
-        metrics = {"loss": float(self.losses["test"].compute())}
-        self.losses["test"].reset()
+        """Log the law of the validation curve, and the numbers of the study."""
+        metrics: dict[str, float] = {}
         law = self.law()
         if law is not None:
-            metrics |= {"law_floor": law.floor, "law_scale": law.scale, "law_exponent": law.exponent}
+            metrics = {"law_floor": law.floor, "law_scale": law.scale, "law_exponent": law.exponent}
         if self.hparams["study"]:
             metrics |= self.run_study()
-        self.log_dict({f"test/{name}": value for name, value in metrics.items()})
+        self.log_dict({f"test/{name}": value for name, value in metrics.items()}, sync_dist=True)
 
     def law(self) -> LossLaw | None:
         """Law of the validation curve, None if it is too short."""
