@@ -59,3 +59,19 @@ def warmup_cosine_lr(optimizer: Optimizer, steps: int, warmup_steps: int = 0, fi
     with `steps = total_steps(self.trainer)`.
     """
     return LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, warmup_steps, final))
+
+
+def trapezoid(step: int, steps: int, warmup_steps: int = 0, decay_from: float = 0.5, final: float = 0.0) -> float:
+    """Factor of the learning rate: linear warm-up, constant, then a line down to `final`.
+
+    Args:
+        step: Number of optimiser steps done.
+        steps: Number of steps of the whole schedule.
+        warmup_steps: Steps of the warm-up, as in `warmup_cosine`.
+        decay_from: Fraction of the steps after which the factor falls.
+        final: Factor at the end.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    start = int(steps * decay_from)
+    return 1.0 if step < start else linear_ramp(step - start, max(steps - start, 1), 1.0, final)

@@ -265,7 +265,7 @@ class CausalLM(nn.Module):
         return x, entries
 
     def entries(self, ids: Tensor) -> list[Entries]:
-        """Entries of each layer; the last layer's attention and MLP are not part of the graph."""
+        """Entries of each layer of a sequence; the output layer is not run."""
         return self(ids)[1]
 
     def normed(self, entries: Sequence[Entries]) -> list[Entries]:

@@ -61,10 +61,20 @@ def truncated_positions(prompt: Tensor, count: int) -> Tensor:
     return torch.arange(prompt.shape[1] - count, prompt.shape[1], device=prompt.device).expand(len(prompt), count)
 
 
-def random_positions(prompt: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """`count` positions of each prompt drawn without repetition, the last one among them, in rising order."""
-    scores = torch.rand(prompt.shape, generator=generator).to(prompt.device)
-    return best_positions(scores, count)
+def random_positions(prompt: Tensor, rows: Tensor, count: int) -> Tensor:
+    """`count` positions of each prompt without repetition, the last one among them, in rising order.
+
+    They follow from the numbers of the rows `[B]` alone, not from the batch or the process that a row is in.
+    """
+    return best_positions(_scramble(rows[:, None] * prompt.shape[1] + torch.arange(prompt.shape[1]).to(rows)), count)
+
+
+def _scramble(x: Tensor) -> Tensor:
+    """Map integers to numbers in [0, 1) that look random (splitmix64)."""
+    x = (x + 1) * -0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
+    return (x >> 11 & (1 << 53) - 1).double() * 2.0**-53
 
 
 def best_positions(scores: Tensor, count: int) -> Tensor:
