@@ -159,6 +159,10 @@ def read_grid(content: Any, where: str, **changes: Any) -> Grid:
     effort = Effort(**(content.get("effort") or {}))
     if effort.device not in ("cpu", "cuda"):
         raise _reject(where, "effort.device", effort.device, "accepted: cpu, cuda")
+    if effort.clock not in ("wall", "cpu"):
+        raise _reject(where, "effort.clock", effort.clock, "accepted: wall, cpu")
+    if effort.clock == "cpu" and (effort.device, effort.threads, max(c.n_gpu for c in cells)) != ("cpu", 1, 1):
+        raise _reject(where, "effort.clock", "cpu", "it goes with device cpu, threads 1 and n_gpu 1")
     gpu = content.get("gpu") or this_device(effort.device, where)
     prices = {**costs.PAPER_RATIOS, "cpu": 1.0} if content.get("prices") is None else dict(content["prices"])
     unit = content.get("unit", "ratio" if content.get("prices") is None else "usd")
