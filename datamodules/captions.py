@@ -1,4 +1,4 @@
-"""Captions that are made from an image: its class, brightness, shape, size and texture in the words of a few templates."""
+"""Captions made from an image: its class, brightness, shape, size and texture in the words of a few templates."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The equations of AIMv2 and of the objectives it is compared with, as pure functions (arXiv 2411.14402).
 
 Letters: `B` images, `I` patches of an image in raster order, `P` values of a patch, `T` tokens of a caption with its
-padding, `V` words of the vocabulary, `M` patches of the prefix. An image is a sequence of patches; the ones of its prefix
+padding, `V` words of the vocabulary, `M` patches of the prefix. An image is a sequence of patches; those of its prefix
 are seen by every token and are never predicted.
 """
 

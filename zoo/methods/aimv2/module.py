@@ -151,7 +151,7 @@ class AIMv2(LightningModule):
             self._build_towers({"width": 768, "depth": 12, "heads": 6, "embed_dim": 768, **(text_tower or {})})
         if objective == "lit":
             self.trunk.requires_grad_(False)
-        self.means = nn.ModuleDict({name: MeanMetric() for name in self.measured()})
+        self.means: Any = nn.ModuleDict({name: MeanMetric() for name in self.measured()})
         self.accuracy = MulticlassAccuracy(len(class_prompts), average="micro") if class_prompts else None
         prompts = [torch.tensor(prompt) for prompt in class_prompts or []]
         padded = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=pad_id) if prompts else None
@@ -199,8 +199,8 @@ class AIMv2(LightningModule):
         if self.towers is not None:
             parts = {"contrastive": self.contrastive(batch["image"], batch["text"])}
         else:
-            prefix_len = self.draw_prefix(len(batch["image"]) * world_size(), rank() * len(batch["image"]))
-            errors = self.errors(batch, prefix_len[: len(batch["image"])].to(self.device))
+            count = len(batch["image"])
+            errors = self.errors(batch, self.draw_prefix(batch["image"], count * world_size(), count * rank()))
             norms = {"pixel": self.hparams["pixel_norm"], "text": "official"}
             parts = {name: pooled_mean(*found, norms[name]) for name, found in errors.items() if name in norms}
         loss = torch.stack([self.weight(name) * value for name, value in parts.items()]).sum()
@@ -212,20 +212,25 @@ class AIMv2(LightningModule):
         """Weight of a part of the loss."""
         return self.hparams["alpha"] if part == "pixel" and self.texts else 1.0
 
-    def draw_prefix(self, total: int, start: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw `M` for the `total` images of the global batch; those of a rank begin at `start`. int64, on the CPU.
+    def draw_prefix(self, images: Tensor, total: int, start: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw `M` for images `[B, c, H, W]` that stand at `start` in a global batch of `total` ones; int64 `[B]`.
 
         `prefix`: uniform over 1 .. I - 1. `causal` is a prefix of one patch, `full` one of all.
         """
-        patches, mask = self.trunk.num_patches, self.hparams["mask"]
+        patches, mask = self.count_patches(images), self.hparams["mask"]
         if mask != "prefix":
-            return torch.full((total - start,), 1 if mask == "causal" else patches)
-        return torch.randint(1, patches, (total,), generator=generator)[start:]
+            return torch.full((len(images),), 1 if mask == "causal" else patches, device=images.device)
+        drawn = torch.randint(1, patches, (total,), generator=generator)[start : start + len(images)]
+        return drawn.to(images.device)
+
+    def count_patches(self, images: Tensor) -> int:
+        """Number of patches of each of the images `[B, c, H, W]`."""
+        return (images.shape[2] // self.trunk.patch_size) * (images.shape[3] // self.trunk.patch_size)
 
     def encode(self, images: Tensor, prefix_len: Tensor) -> Tensor:
         """Features `[B, I, D]` under the mask of training."""
         full = self.hparams["mask"] == "full"
-        return self.trunk(images, None if full else prefix_mask(prefix_len, self.trunk.num_patches))
+        return self.trunk(images, None if full else prefix_mask(prefix_len, self.count_patches(images)))
 
     def errors(self, batch: dict[str, Tensor], prefix_len: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Errors of patches and tokens and which of them count, and of a prediction of zeros beside them."""
@@ -279,7 +284,7 @@ class AIMv2(LightningModule):
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str, batch_idx: int) -> None:
         images, count = batch["image"], len(batch["image"])
-        if batch_idx == 0:
+        if batch_idx == 0:  # for the figures
             self.shown = {"image": images[:6], "text": batch["text"][:6]}
         if self.towers is not None:
             self.means["contrastive"].update(self.contrastive(images, batch["text"]), count)
@@ -290,7 +295,7 @@ class AIMv2(LightningModule):
         else:
             sizes = all_gather_rows(torch.tensor([count], device=self.device)).tolist()
             generator = torch.Generator().manual_seed(batch_idx)
-            prefix_len = self.draw_prefix(sum(sizes), sum(sizes[: rank()]), generator)[:count].to(self.device)
+            prefix_len = self.draw_prefix(images, sum(sizes), sum(sizes[: rank()]), generator)
             for name, (errors, counted) in self.errors(batch, prefix_len).items():
                 self.means[name].update(errors, counted.to(errors.dtype))
         self.log_dict({f"{stage}/loss_{k}": m for k, m in self.means.items()}, on_epoch=True, batch_size=count)
@@ -361,7 +366,7 @@ class AIMv2(LightningModule):
 
         A prediction of the prefix is not made: its patches are the true ones.
         """
-        prefix = max(1, self.trunk.num_patches // 3)
+        prefix = max(1, self.count_patches(images) // 3)
         prefix_len = torch.full((len(images),), prefix, device=images.device)
         target = normalise_patches(patchify(images, self.trunk.patch_size))
         features = self.encode(images, prefix_len)
@@ -379,8 +384,10 @@ class AIMv2(LightningModule):
     def setup(self, stage: str) -> None:
         """Load `init_from` before training; a resumed run has its weights in the checkpoint."""
         if stage == "fit" and self.hparams["init_from"] and not self.trainer.ckpt_path:
-            load = load_trunk if self.hparams["init_parts"] == "trunk" else load_network
-            load(self.trunk if self.hparams["init_parts"] == "trunk" else self, self.hparams["init_from"])
+            if self.hparams["init_parts"] == "trunk":
+                load_trunk(self.trunk, self.hparams["init_from"])
+            else:
+                load_network(self, self.hparams["init_from"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamLH with warm-up and cosine."""

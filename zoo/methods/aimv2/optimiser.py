@@ -16,7 +16,7 @@ def adam_lh(
 ) -> torch.optim.AdamW:
     """Adam with fully decoupled weight decay: `p <- p (1 - weight_decay * lr_t / lr)`, then the step with `lr_t`.
 
-    AdamW takes `lr_t * decay` away; with `decay = weight_decay / lr` at the peak `lr` it is the same under any schedule.
+    AdamW takes `lr_t * decay` away: with `decay = weight_decay / lr`, `lr` being the peak, that is the same.
     Biases, norms, positions, start token, query and logit scale do not decay.
 
     Args:

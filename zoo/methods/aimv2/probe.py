@@ -88,8 +88,8 @@ class AIMv2Probe(LightningModule):
         if not 1 <= layers <= len(self.trunk.blocks):
             raise ValueError(f"layers: {layers} is not accepted; accepted: 1 to {len(self.trunk.blocks)}")
         width = self.trunk.width
-        self.heads = nn.ModuleList(AttentiveClassifier(width, self.trunk.heads, num_classes) for _ in self.lrs)
-        self.ridges = nn.ModuleDict()
+        self.heads: Any = nn.ModuleList(AttentiveClassifier(width, self.trunk.heads, num_classes) for _ in self.lrs)
+        self.ridges: Any = nn.ModuleDict()
         if freeze_trunk:
             self.ridges["linear"] = RidgeProbe(width, num_classes, penalty)
             self.ridges["few"] = RidgeProbe(width, num_classes, few_penalty, few_labels)
@@ -98,7 +98,7 @@ class AIMv2Probe(LightningModule):
         metrics: dict[str, Metric] = {name: MulticlassAccuracy(num_classes, average="micro") for name in self.names()}
         if "foreground" in self.ridges:
             metrics["foreground"] = BinaryJaccardIndex()
-        self.metrics = nn.ModuleDict(metrics)
+        self.metrics: Any = nn.ModuleDict(metrics)
         self.register_buffer("best", torch.zeros((), dtype=torch.int64))
         self.best: Tensor
         self.solved: dict[str, tuple[Tensor, Tensor]] = {}
@@ -208,7 +208,7 @@ class AIMv2Probe(LightningModule):
             curves = {name: [point[name] for point in self.curve] for name in self.names()}
             drawn["probes"] = probe_figure(curves, [int(point["step"]) for point in self.curve])
         if self.shown is not None:
-            head: Any = self.heads[int(self.best)]
+            head = self.heads[int(self.best)]
             p = self.trunk.patch_size
             grid = (self.shown.shape[2] // p, self.shown.shape[3] // p)
             training = head.training
