@@ -112,8 +112,8 @@ def expand(axes: Mapping[str, Any], where: str) -> list[Cell]:
             raise _reject(where, "axes", key, did_you_mean(str(key), known))
         lists[key] = list(value) if isinstance(value, list | tuple) else [value]
         for item in lists[key]:
-            kind = {"str": str, "int": int, "bool": bool}[str(known[key].type)]
-            if type(item) is not kind or (kind is int and item < (0 if key == "loss_chunks" else 1)):
+            kind: type = {"str": str, "int": int, "bool": bool}[str(known[key].type)]
+            if type(item) is not kind or (isinstance(item, int) and kind is int and item < (key != "loss_chunks")):
                 raise _reject(where, f"axes.{key}", item, f"accepted: values of type {known[key].type}, positive")
             if key in allowed and item not in allowed[key]:
                 raise _reject(where, f"axes.{key}", item, did_you_mean(str(item), allowed[key]))

@@ -104,7 +104,8 @@ def distribute(net: CausalLM, comm: str, device: torch.device) -> nn.Module:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in net.lm.model.layers:
         fully_shard(block, mesh=mesh, reshard_after_forward=comm == "fsdp_full")
-    return fully_shard(net, mesh=mesh, reshard_after_forward=comm == "fsdp_full")
+    fully_shard(net, mesh=mesh, reshard_after_forward=comm == "fsdp_full")
+    return net
 
 
 class Stopwatch:

@@ -59,8 +59,8 @@ class SLMBottlenecks(LightningModule):
         warmup_steps: Steps of linear warm-up; a cosine to a tenth follows.
         save_pretrained: Folder in the run directory that takes the trained model in the format of `transformers`;
             empty for none.
-        study: What `test` measures besides the loss: `attention`, `batch`, `comm` or `planner` on the cells of `grid`,
-            each in a process of its own; `replay`: the paper's findings on its own points. Empty for nothing.
+        study: What `test` measures besides the loss: `attention`, `batch`, `comm`, `levers` or `planner` on the cells
+            of `grid`, each in a process of its own; `replay`: the paper's findings on its own points. Empty for none.
         grid: The cells of a study, see `zoo.methods.slm_bottlenecks.grid.read_grid`.
 
     Raises:
@@ -110,7 +110,7 @@ class SLMBottlenecks(LightningModule):
             raise ValueError(f"study: {study!r} is not accepted; {did_you_mean(study, STUDIES)}")
         if (grid is None) == (study not in ("", "replay")):
             raise ValueError(f"grid: {'missing' if grid is None else 'given'} with study {study!r}; it goes with "
-                             "attention, batch, comm and planner")  # fmt: skip
+                             "attention, batch, comm, levers and planner")  # fmt: skip
         if loss_chunks < 0:
             raise ValueError(f"loss_chunks: {loss_chunks} is not accepted; accepted: 0 or more")
         own = Shape(vocab_size, width, depth, intermediate, head_dim)
@@ -126,7 +126,7 @@ class SLMBottlenecks(LightningModule):
             self.net.compile()
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64))
         self.tokens_seen: Tensor
-        self.losses = torch.nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         #: Validation: tokens seen and loss.
         self.curve: list[tuple[float, float]] = []
         self.rows: list[dict[str, Any]] = []
@@ -159,25 +159,24 @@ class SLMBottlenecks(LightningModule):
         self.log_dict(logged, on_step=True, on_epoch=False)
         return loss
 
-    def _evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
+    def _evaluate(self, name: str, metric: MeanMetric, batch: Mapping[str, Tensor]) -> None:
         loss = self.net(batch["input_ids"], batch["labels"])
-        metric = self.losses[stage]
         metric.update(loss.float(), (batch["labels"] != IGNORE).sum())
-        self.log(f"{stage}/loss", metric, on_step=False, on_epoch=True)
+        self.log(name, metric, on_step=False, on_epoch=True)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Collect the loss, weighted by tokens."""
-        self._evaluate("val", batch)
+        self._evaluate("val/loss", self.val_loss, batch)
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Collect the loss, weighted by tokens."""
-        self._evaluate("test", batch)
+        self._evaluate("test/loss", self.test_loss, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Add a point to the curve."""
         self._last = None
         if not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
-            self.curve.append((float(self.tokens_seen), float(self.losses["val"].compute())))
+            self.curve.append((float(self.tokens_seen), float(self.val_loss.compute())))
 
     def on_test_epoch_end(self) -> None:
         """Log the law of the validation curve, and the numbers of the study."""

@@ -4,11 +4,14 @@ The time of a step is a sum of amounts of work, each at a rate of its own: laten
 matrix products and of fused attention, bytes of activations, of eager attention's scores, of logits, of the weights'
 states, and bytes sent to other devices. The rates are what makes the sum fit the measured cells (non-negative least
 squares of the relative error). In units of a device's data sheet they are inverse efficiencies, which is how a device
-that was not measured is predicted from one that was.
+that was not measured is predicted from one that was. What the sum leaves over, caches for example, is smooth: a cell is
+corrected by the residuals of measured cells near it (Gaussian-process regression of their logarithms).
 """
 
 from __future__ import annotations
 
+import math
+import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,6 +64,31 @@ def sheet_seconds(cell: Cell, shape: Shape, gpu: str) -> dict[str, float]:
     return {kind: amount / rates[kind] for kind, amount in amounts.items()}
 
 
+#: Variance of a residual's noise relative to that of the residuals themselves.
+NOISE = 0.2
+#: A point that residuals belong to: cell, number of parameters, device.
+Point = tuple[Cell, int, str]
+
+
+def similarity(a: Point, b: Point) -> float:
+    """Correlation of the residuals of two cells, 1 for the same one.
+
+    It falls to `exp(-1/2)` with a factor of four in batch or parameters, of sixteen in length, or with another
+    attention; cells of other devices and schemes have nothing in common.
+    """
+    (one, parameters, gpu), (two, others, other_gpu) = a, b
+    if gpu != other_gpu or (one.comm, one.n_gpu) != (two.comm, two.n_gpu):
+        return 0.0
+    steps = (
+        math.log(one.batch / two.batch, 4),
+        math.log(parameters / others, 4),
+        math.log(one.seq_len / two.seq_len, 16),
+        float(one.attention != two.attention),
+        float(one.checkpointing != two.checkpointing),
+    )
+    return math.exp(-0.5 * sum(step**2 for step in steps))
+
+
 @dataclass(frozen=True)
 class Roofline:
     """Fitted rates.
@@ -69,13 +97,13 @@ class Roofline:
         rates: Seconds for a unit of each kind of work.
         gpus: Devices whose cells it was fitted to.
         mode: Values of `MODE` of these cells.
-        cells: How many there were.
+        weights: Measured cells and the weights of their residuals.
     """
 
     rates: Mapping[str, float]
     gpus: tuple[str, ...]
     mode: tuple[Any, ...]
-    cells: int
+    weights: tuple[tuple[Point, float], ...] = ()
 
     def seconds(self, cell: Cell, shape: Shape, gpu: str) -> float:
         """Predicted time of a step.
@@ -89,7 +117,9 @@ class Roofline:
         if mode != self.mode:
             raise ValueError(f"{', '.join(MODE)}: {mode} cannot be predicted from cells with {self.mode}")
         amounts = sheet_seconds(cell, shape, gpu)
-        return sum(self.rates[kind] * amount for kind, amount in amounts.items())
+        plain = sum(self.rates[kind] * amount for kind, amount in amounts.items())
+        here = (cell, shape.parameters, gpu)
+        return plain * math.exp(sum(weight * similarity(here, point) for point, weight in self.weights))
 
     def tokens_per_second(self, cell: Cell, shape: Shape, gpu: str) -> float:
         """Predicted throughput of all devices together."""
@@ -116,11 +146,15 @@ def fit_roofline(rows: Sequence[Row], shapes: Mapping[str, Shape]) -> Roofline:
     matrix = np.array([list(amount.values()) for amount in amounts]) / seconds[:, None]
     scale = np.maximum(matrix.max(axis=0), 1e-300)  # columns differ by many orders of magnitude
     rates = nnls(matrix / scale, np.ones(len(best)))[0] / scale
+    points = [(cell_of(row), shapes[row["size"]].parameters, row["gpu"]) for row in best]
+    covariance = np.array([[similarity(a, b) for b in points] for a in points]) + NOISE * np.eye(len(points))
+    residuals = -np.log(np.maximum(matrix @ rates, 1e-300))
+    weights = np.linalg.solve(covariance, residuals)
     return Roofline(
         dict(zip(amounts[0], rates.tolist(), strict=True)),
         tuple(sorted({row["gpu"] for row in best})),
         modes.pop(),
-        len(best),
+        tuple(zip(points, weights.tolist(), strict=True)),
     )
 
 
@@ -150,18 +184,27 @@ def planner_error(pairs: Sequence[tuple[Row, float]]) -> float:
     return statistics.median(abs(predicted / row["tok_s_best"] - 1) for row, predicted in pairs)
 
 
-def planner_regret(pairs: Sequence[tuple[Row, float]]) -> float:
-    """How much more the chosen cell costs than the cheapest one, as a fraction: the worst over the sizes.
+def planner_regrets(rows: Sequence[Row], shapes: Mapping[str, Shape], folds: int = 4) -> list[float]:
+    """How much more the chosen cell costs than the cheapest one, as a fraction, for each fold and size.
 
-    The choice is made for each size by the predictions alone.
+    A random quarter of the cells (with four folds) is left out and predicted from the others; the choice for a size is
+    the best of measured and predicted cells, per device.
     """
+    best = best_rows(rows)
+    random.Random(0).shuffle(best)
     regrets = []
-    for size in {row["size"] for row, _ in pairs}:
-        own = [(row, predicted) for row, predicted in pairs if row["size"] == size]
-        per_device = [(row["tok_s_best"] / row["n_gpu"], predicted / row["n_gpu"]) for row, predicted in own]
-        chosen = max(per_device, key=lambda pair: pair[1])[0]
-        regrets.append(max(per_device)[0] / chosen - 1)
-    return max(regrets)
+    for fold in range(folds):
+        held_out = best[fold::folds]
+        roofline = fit_roofline([row for row in best if row not in held_out], shapes)
+        for size in {row["size"] for row in held_out}:
+            pairs = []
+            for row in (row for row in best if row["size"] == size):
+                believed = row["tok_s_best"]
+                if row in held_out:
+                    believed = roofline.tokens_per_second(cell_of(row), shapes[size], row["gpu"])
+                pairs.append((row["tok_s_best"] / row["n_gpu"], believed / row["n_gpu"]))
+            regrets.append(max(pairs)[0] / max(pairs, key=lambda pair: pair[1])[0] - 1)
+    return regrets
 
 
 def plan(
