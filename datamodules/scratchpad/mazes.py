@@ -2,10 +2,11 @@
 
 Walls come first, the label second, so that no local cue tells the label. A maze is a random spanning tree with one edge
 cut; the end is drawn from the start's side or from the lost side, from cells that agree in distance (in the uncut
-tree), in their number of openings, in their place up to symmetry (corner, border, ...) and in their distance from the
-start without walls. Both classes then have the same law of walls, start and all of these. Distance and openings are not
-enough: the cell of the end alone would answer 61 % of the questions of 6 x 6 mazes, as the lost side lies nearer to the
-border; and with its place matched, the distance without walls would answer 54 %.
+tree), in their place and open sides up to symmetry, in their distance from the start without walls, and in how many
+open sides of either lead nearer to the other. Both classes then have the same law of walls, start and all of these.
+Less is not enough. In mazes of 6 x 6 cells with distance and number of openings matched, the cell of the end alone
+answers 61 % of the questions, as the lost side lies nearer to the border; with its place matched, the distance without
+walls answers 54 %; with that matched, the start's open sides that lead nearer answer 57 %.
 """
 
 from __future__ import annotations
@@ -29,15 +30,17 @@ class Grid:
     Args:
         neighbours: Cell on the other side of each side, int64 `[V, D]`; `V` where there is none.
         edges: Number of the edge through each side, int64 `[V, D]`; `E` where there is none.
-        orbits: Class of each cell under the symmetries of the grid, int64 `[V]`: cells that a rotation or reflection
-            carries into each other have the same number, from 0 on.
+        views: Class of each cell with each set of open sides, as bits, under the symmetries of the grid, int64
+            `[V, 2 ** D]`: what a rotation or reflection carries into each other has the same number, from 0 on.
         straight: Distance of two cells without walls, in cells, rounded, int64 `[V, V]`.
+        nearer: Whether side `d` of cell `v` leads nearer, without walls, to cell `w`; bool `[w, v, d]`.
     """
 
     neighbours: NDArray[np.int64]
     edges: NDArray[np.int64]
-    orbits: NDArray[np.int64]
+    views: NDArray[np.int64]
     straight: NDArray[np.int64]
+    nearer: NDArray[np.bool_]
 
     @property
     def cells(self) -> int:
@@ -48,28 +51,44 @@ class Grid:
         return self.neighbours.shape[1]
 
 
-def make_grid(neighbours: NDArray[np.int64], kinds: NDArray[np.int64], straight: NDArray[np.int64]) -> Grid:
-    """Give each pair of neighbouring cells one edge number, and each row of `kinds` `[V, n]` one orbit number."""
-    cells = len(neighbours)
+def make_grid(neighbours: NDArray[np.int64], symmetries: NDArray[np.int64], apart: NDArray[np.floating]) -> Grid:
+    """Number the edges between neighbouring cells, and the views of a cell.
+
+    Args:
+        neighbours: As in `Grid`.
+        symmetries: Cell that each cell is carried into by each element of the group of symmetries, `[G, V]`.
+        apart: Distance of two cells without walls, in cells, `[V, V]`.
+    """
+    cells, sides = neighbours.shape
     here = np.broadcast_to(np.arange(cells)[:, None], neighbours.shape)
     code = np.minimum(here, neighbours) * (cells + 1) + np.maximum(here, neighbours)
     real = neighbours < cells
     names, edges = np.unique(code[real], return_inverse=True)
     table = np.full(neighbours.shape, len(names), dtype=np.int64)
     table[real] = edges
-    orbits = np.unique(kinds, axis=0, return_inverse=True)[1]
-    return Grid(neighbours, table, orbits.reshape(-1), straight)
+    opened = np.arange(1 << sides)[:, None] >> np.arange(sides) & 1
+    least = np.full((cells, 1 << sides), np.iinfo(np.int64).max)
+    for image in symmetries:
+        moved = np.append(image, cells)[neighbours]
+        side = (moved[:, :, None] == neighbours[image][:, None]).argmax(axis=2)
+        least = np.minimum(least, (image[:, None] << sides) + (opened << side[:, None]).sum(axis=2))
+    views = np.unique(least, return_inverse=True)[1].reshape(least.shape)
+    beyond = np.append(apart, np.full((1, cells), np.inf), axis=0)
+    nearer = beyond[neighbours] < apart[:, None] - 1e-9
+    return Grid(
+        neighbours, table, views, apart.round().astype(np.int64), np.ascontiguousarray(nearer.transpose(2, 0, 1))
+    )
 
 
 def rect_grid(size: int) -> Grid:
     """Square grid of `size * size` cells in row-major order; sides are north, east, south, west."""
     index = np.pad(np.arange(size * size).reshape(size, size), 1, constant_values=size * size)
     sides = (index[:-2, 1:-1], index[1:-1, 2:], index[2:, 1:-1], index[1:-1, :-2])
-    edge_gap = np.minimum(np.arange(size), np.arange(size)[::-1])
-    gaps = np.stack(np.meshgrid(edge_gap, edge_gap), axis=-1).reshape(-1, 2)
     row, column = np.divmod(np.arange(size * size), size)
-    manhattan = abs(row[:, None] - row) + abs(column[:, None] - column)
-    return make_grid(np.stack(sides, axis=-1).reshape(-1, 4), np.sort(gaps, axis=1), manhattan)
+    manhattan = 1.0 * abs(row[:, None] - row) + abs(column[:, None] - column)
+    cell = np.arange(size * size).reshape(size, size)
+    turned = [np.rot90(picture, quarter).ravel() for picture in (cell, cell.T) for quarter in range(4)]
+    return make_grid(np.stack(sides, axis=-1).reshape(-1, 4), np.stack(turned), manhattan)
 
 
 def ring_sectors(ring: int) -> int:
@@ -82,14 +101,14 @@ def circ_grid(rings: int) -> Grid:
     first = np.cumsum([0, *(ring_sectors(ring) for ring in range(1, rings + 1))])
     none = int(first[-1])
     table = np.full((none, 5), none, dtype=np.int64)
-    kinds = np.empty((none, 2), dtype=np.int64)
+    symmetries = np.empty((16, none), dtype=np.int64)
     for ring in range(1, rings + 1):
         sectors, base = ring_sectors(ring), first[ring - 1]
         sector = np.arange(sectors)
         rows = base + sector
         table[rows, 0], table[rows, 1] = base + (sector + 1) % sectors, base + (sector - 1) % sectors
-        eighth = sectors // ring_sectors(1)
-        kinds[rows, 0], kinds[rows, 1] = ring, np.minimum(sector % eighth, eighth - 1 - sector % eighth)
+        turned = sector + np.arange(8)[:, None] * (sectors // 8)
+        symmetries[:, rows] = base + np.concatenate([turned, -1 - turned]) % sectors
         if ring > 1:
             ratio = sectors // ring_sectors(ring - 1)
             table[rows, 2] = first[ring - 2] + sector // ratio
@@ -98,40 +117,33 @@ def circ_grid(rings: int) -> Grid:
             for child in range(ratio):
                 table[rows, 3 + child] = first[ring] + ratio * sector + child
     turn = np.concatenate([(np.arange(n) + 0.5) / n for n in map(ring_sectors, range(1, rings + 1))])
-    place = (kinds[:, 0] + 0.5) * np.exp(2j * np.pi * turn)
-    return make_grid(table, kinds, abs(place[:, None] - place).round().astype(np.int64))
+    ring_of = np.repeat(np.arange(rings), np.diff(first))
+    place = (ring_of + 1.5) * np.exp(2j * np.pi * turn)
+    return make_grid(table, symmetries, abs(place[:, None] - place))
 
 
-def spanning_trees(
-    grid: Grid, start: NDArray[np.int64], rng: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Grow minimum spanning trees of i.i.d. uniform edge weights by Prim's algorithm, one per row, from `start` `[B]`.
+def spanning_trees(grid: Grid, count: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Grow `B = count` minimum spanning trees of i.i.d. uniform edge weights by Prim's algorithm, from cell 0.
 
     Returns:
-        `parent` `[B, V + 1]` (`V` for the start and in the last column), `depth` `[B, V]` (edges from the start) and
-        `order` `[V, B]`, the cells in the order of their insertion.
+        `parent` `[B, V + 1]` (`V` for cell 0 and in the last column) and `order` `[V, B]`, the cells in the order of
+        their insertion.
     """
-    batch, cells = len(start), grid.cells
-    weights = rng.random((batch, int(grid.edges.max()) + 1), dtype=np.float32)
+    cells = grid.cells
+    weights = rng.random((count, int(grid.edges.max()) + 1), dtype=np.float32)
     weights[:, grid.edges[grid.neighbours == cells]] = np.inf
-    key = np.full((batch, cells + 1), np.inf, dtype=np.float32)
-    free = np.ones((batch, cells + 1), dtype=bool)
-    parent = np.full((batch, cells + 1), cells, dtype=np.int64)
-    depth = np.full((batch, cells + 1), -1, dtype=np.int64)
-    order = np.empty((cells, batch), dtype=np.int64)
-    rows = np.arange(batch)
-    key_flat, free_flat, parent_flat, depth_flat, weights_flat = (
-        array.reshape(-1) for array in (key, free, parent, depth, weights)
-    )
+    key = np.full((count, cells + 1), np.inf, dtype=np.float32)
+    free = np.ones((count, cells + 1), dtype=bool)
+    parent = np.full((count, cells + 1), cells, dtype=np.int64)
+    order = np.zeros((cells, count), dtype=np.int64)
+    rows = np.arange(count)
+    key_flat, free_flat, parent_flat, weights_flat = (array.reshape(-1) for array in (key, free, parent, weights))
     offset, weight_offset = rows * (cells + 1), rows * weights.shape[1]
-    current = start
     for step in range(cells):
-        if step:
-            current = key[:, :cells].argmin(axis=1)
+        current = key[:, :cells].argmin(axis=1)  # all infinite at first: cell 0
         here = offset + current
         order[step] = current
         free_flat[here], key_flat[here] = False, np.inf
-        depth_flat[here] = depth_flat[offset + parent_flat[here]] + 1
         there = offset[:, None] + grid.neighbours[current]
         weight = weights_flat[weight_offset[:, None] + grid.edges[current]]
         old = key_flat[there]
@@ -139,7 +151,20 @@ def spanning_trees(
         key_flat[there] = np.where(better, weight, old)
         parent_flat[there] = np.where(better, current[:, None], parent_flat[there])
     parent[:, cells] = cells
-    return parent, depth[:, :cells], order
+    return parent, order
+
+
+def tree_distances(parent: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
+    """Number of edges between all pairs of cells, `[B, V, V]`."""
+    cells, count = order.shape
+    rows = np.arange(count)
+    distance = np.zeros((count, cells, cells), dtype=np.min_scalar_type(cells - 1))
+    for current in order[1:]:
+        row = distance[rows, parent[rows, current]] + np.uint8(1)  # right for the cells inserted so far
+        distance[rows, current] = row
+        distance[rows, :, current] = row
+        distance[rows, current, current] = 0
+    return distance
 
 
 def subtree_sizes(parent: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -169,7 +194,7 @@ def pick(mask: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.int64]
 
 
 def occurs_on_both_sides(key: NDArray[np.int64], side: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Mark entries whose key occurs in their row with both values of `side`; all `[B, V]`."""
+    """Mark entries whose key is not negative and occurs in their row with both values of `side`; all `[B, V]`."""
     order = key.argsort(axis=1)
     keys, sides = np.take_along_axis(key, order, axis=1), np.take_along_axis(side, order, axis=1)
     first = np.ones(key.shape, dtype=bool)
@@ -180,51 +205,83 @@ def occurs_on_both_sides(key: NDArray[np.int64], side: NDArray[np.bool_]) -> NDA
     mixed = ((lost > 0) & (lost < count))[group].reshape(key.shape)
     result = np.empty(key.shape, dtype=bool)
     np.put_along_axis(result, order, mixed, axis=1)
-    return result
+    return result & (key >= 0)
+
+
+def _combine(key: NDArray[np.int64], *parts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Number the combinations of whole numbers from 0 on."""
+    for part in parts:
+        key = key * (int(part.max(initial=0)) + 1) + part
+    return key
 
 
 def grow_mazes(grid: Grid, count: int, low: int, high: int, rng: np.random.Generator) -> Problems:
-    """Grow `count` mazes and return those that can be asked about, without label and end.
+    """Grow `count` trees, cut them, and return those that can be asked about, without label and end.
 
-    A cell's key is its depth, its number of openings, its orbit, and its distance from the start as if there were no
-    walls. A maze is kept if some key with a depth in `low..high` occurs on both sides of the cut; one such key is
-    drawn, the depth uniformly and then a cell that has it. Neither looks at a label.
+    A cell's key is its distance from the start, its view (place and open sides, up to symmetry), its distance from the
+    start as if there were no walls, and how many of its open sides lead nearer to the start, and of the start's nearer
+    to it. A tree is kept if it has a start for which some key with a distance in `low..high` occurs on both sides of the
+    cut. Starts are tried in random order until one is found; one of its keys is drawn, the distance uniformly and then
+    a cell that has it. Nothing looks at a label.
     """
     cells, sides = grid.cells, grid.sides
-    start = rng.integers(cells, size=count)
-    parent, depth, order = spanning_trees(grid, start, rng)
+    parent, order = spanning_trees(grid, count, rng)
+    distances = tree_distances(parent, order)
     size = subtree_sizes(parent, order)
     least = cells // 4
-    cuttable = (size >= least) & (size <= cells - least)  # the start's subtree is everything, so it is out
+    cuttable = (size >= least) & (size <= cells - least)  # the subtree of cell 0 is everything, so it is out
     cut = pick(cuttable, rng)
-    lost = below(parent, cut)
+    half = below(parent, cut)
     np.put_along_axis(parent, cut[:, None], cells, axis=1)
 
     padded = np.concatenate([grid.neighbours, np.full((1, sides), cells)])[:-1]
     mine = parent[:, :-1, None] == padded[None]
     theirs = parent[:, padded] == np.arange(cells)[None, :, None]
     openings = (mine | theirs) & (padded < cells)[None]
-    degree = openings.sum(axis=2)
+    code = (openings << np.arange(sides)).sum(axis=2)
+    view = grid.views[np.arange(cells), code]
 
-    rows = np.arange(count)
-    asked = (depth >= low) & (depth <= high)
-    key = (depth * (sides + 1) + degree) * len(grid.orbits) + grid.orbits
-    key = np.where(asked, key * (int(grid.straight.max()) + 1) + grid.straight[start], -1)
-    matched = asked & occurs_on_both_sides(key, lost)
-    levels = np.zeros((count, high + 2), dtype=bool)
-    levels[rows[:, None], np.where(matched, depth, high + 1)] = True
-    difficulty = pick(levels[:, :-1], rng)
-    wanted = key[rows, pick(matched & (depth == difficulty[:, None]), rng)]
-    reached = np.where(lost, NEVER, np.minimum(depth, NEVER)).astype(np.uint8)
-    mazes = {
-        "start": start.astype(np.int16),
-        "openings": (openings << np.arange(sides)).sum(axis=2).astype(np.uint8),
-        "distance": reached,
-        "difficulty": difficulty.astype(np.int16),
-        "eccentricity": np.where(lost, 0, depth).max(axis=1).astype(np.int16),
-        "candidates": key == wanted[:, None],
-    }
-    return rows_of(mazes, np.flatnonzero(matched.any(axis=1) & cuttable.any(axis=1)))
+    asked = np.logical_and(distances >= low, distances <= high)
+    together = np.equal(half[:, :, None], half[:, None])
+    possible = (asked & together).any(axis=2) & (asked & ~together).any(axis=2) & cuttable.any(axis=1)[:, None]
+    found: list[Problems] = []
+    pending = np.flatnonzero(possible.any(axis=1))
+    while len(pending):
+        start = pick(possible[pending], rng)
+        possible[pending, start] = False
+        coarse = _combine(distances[pending, start].astype(np.int64), view[pending], grid.straight[start])
+        coarse = np.where(asked[pending, start], coarse, -1)
+        good = np.flatnonzero(occurs_on_both_sides(coarse, together[pending, start]).any(axis=1))
+        # the costlier part of the key for those only that pass without it
+        tree, start = pending[good], start[good]
+        leaving = (grid.nearer[:, start].swapaxes(0, 1) & openings[tree, start][:, None]).sum(axis=2)
+        arriving = (grid.nearer[start] & openings[tree]).sum(axis=2)
+        key = np.where(coarse[good] >= 0, _combine(coarse[good], leaving, arriving), -1)
+        matched = occurs_on_both_sides(key, together[tree, start])
+        good = np.flatnonzero(matched.any(axis=1))
+        tree, start, key, matched = tree[good], start[good], key[good], matched[good]
+        depth, lost = distances[tree, start].astype(np.int64), ~together[tree, start]
+        levels = np.zeros((len(good), high + 2), dtype=bool)
+        np.put_along_axis(levels, np.where(matched, depth, high + 1), True, axis=1)
+        difficulty = pick(levels[:, :-1], rng)
+        wanted = np.take_along_axis(key, pick(matched & (depth == difficulty[:, None]), rng)[:, None], axis=1)
+        found.append(
+            {
+                "tree": tree,
+                "start": start.astype(np.int16),
+                "openings": code[tree].astype(np.uint8),
+                "distance": np.where(lost, NEVER, np.minimum(depth, NEVER)).astype(np.uint8),
+                "difficulty": difficulty.astype(np.int16),
+                "eccentricity": np.where(lost, 0, depth).max(axis=1, initial=0).astype(np.int16),
+                "candidates": key == wanted,
+            }
+        )
+        possible[tree] = False
+        pending = pending[possible[pending].any(axis=1)]
+    if not found:
+        return {}
+    mazes = concatenate(found)
+    return rows_of(mazes, mazes.pop("tree").argsort())  # not the easy ones first
 
 
 class Maze(Task):
@@ -273,9 +330,12 @@ class Maze(Task):
                     "lower the difficulty or enlarge the maze"
                 )
             rate = max(found / tried, 0.02) if tried else 0.8
-            count = int(min(_ATTEMPTS, max(64, 1.1 * (n - found) / rate)))
-            parts.append(grow_mazes(self.grid, count, low, high, rng))
-            found, tried = found + len(parts[-1]["start"]), tried + count
+            most = min(_ATTEMPTS, 2**24 // self.grid.cells**2)  # a matrix of distances for each tree
+            count = int(min(most, max(64, 1.1 * (n - found) / rate)))
+            if mazes := grow_mazes(self.grid, count, low, high, rng):
+                parts.append(mazes)
+                found += len(mazes["start"])
+            tried += count
         mazes = rows_of(concatenate(parts), slice(n))
         label = np.arange(n) % 2
         side = (mazes["distance"] != NEVER) == (label == 1)[:, None]
@@ -315,6 +375,10 @@ class Maze(Task):
             "openings of the end": problems["openings"][rows, problems["end"]],
             "dead ends": (degree == 1).sum(axis=1),
             "junctions": (degree > 2).sum(axis=1),
+            "open sides of start and end that lead nearer": (
+                10 * (self.grid.nearer[problems["end"], problems["start"]] & bits[rows, problems["start"]]).sum(axis=1)
+                + (self.grid.nearer[problems["start"], problems["end"]] & bits[rows, problems["end"]]).sum(axis=1)
+            ),
             "straight distance": self.grid.straight[problems["start"], problems["end"]],
             "end": problems["end"],
             "distance before the cut": problems["difficulty"],

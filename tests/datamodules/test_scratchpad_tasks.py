@@ -12,9 +12,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage, stats
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import minimum_spanning_tree, shortest_path
 
 from datamodules.scratchpad.loops import Cycles, Loops, Strings
-from datamodules.scratchpad.mazes import CircMaze, Maze, RectMaze, circ_grid, rect_grid, ring_sectors, spanning_trees
+from datamodules.scratchpad.mazes import (
+    CircMaze,
+    Maze,
+    RectMaze,
+    circ_grid,
+    rect_grid,
+    ring_sectors,
+    spanning_trees,
+    tree_distances,
+)
 from datamodules.scratchpad.tasks import (
     BLACK,
     BLUE,
@@ -218,28 +229,25 @@ def test_the_next_frame_of_cycles_follows_from_the_pixels_of_this_one() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(3, 7), st.integers(0, 10**6), st.booleans())
-def test_trees_span_the_grid_and_depths_count_edges(size: int, seed: int, circular: bool) -> None:
+def test_trees_span_the_grid_and_distances_count_edges(size: int, seed: int, circular: bool) -> None:
     grid = circ_grid(size - 1) if circular else rect_grid(size)
-    rng = np.random.default_rng(seed)
-    start = rng.integers(grid.cells, size=3)
-    parent, depth, order = spanning_trees(grid, start, rng)
+    parent, order = spanning_trees(grid, 3, np.random.default_rng(seed))
+    distance = tree_distances(parent, order)
     for row in range(3):
         assert sorted(order[:, row]) == list(range(grid.cells))
-        assert depth[row, start[row]] == 0
-        for cell in set(range(grid.cells)) - {int(start[row])}:
+        assert order[0, row] == 0
+        graph = np.zeros((grid.cells, grid.cells))
+        for cell in range(1, grid.cells):
             above = parent[row, cell]
             assert above in grid.neighbours[cell]
-            assert depth[row, cell] == depth[row, above] + 1
+            graph[cell, above] = 1
+        np.testing.assert_array_equal(distance[row], shortest_path(graph, directed=False))
 
 
 def test_the_tree_is_a_minimum_spanning_tree() -> None:
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import minimum_spanning_tree
-
     grid, rng = rect_grid(5), np.random.default_rng(0)
-    start = np.array([7, 3])
     weights = np.random.default_rng(0).random((2, 41), dtype=np.float32)  # what the generator draws first
-    parent, _, _ = spanning_trees(grid, start, rng)
+    parent, _ = spanning_trees(grid, 2, rng)
     for row in range(2):
         a = np.broadcast_to(np.arange(25)[:, None], (25, 4))[grid.neighbours < 25]
         b, edge = grid.neighbours[grid.neighbours < 25], grid.edges[grid.neighbours < 25]
