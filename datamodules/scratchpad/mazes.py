@@ -220,9 +220,9 @@ def grow_mazes(grid: Grid, count: int, low: int, high: int, rng: np.random.Gener
 
     A cell's key is its distance from the start, its view (place and open sides, up to symmetry), its distance from the
     start as if there were no walls, and how many of its open sides lead nearer to the start, and of the start's nearer
-    to it. A tree is kept if it has a start for which some key with a distance in `low..high` occurs on both sides of the
-    cut. Starts are tried in random order until one is found; one of its keys is drawn, the distance uniformly and then
-    a cell that has it. Nothing looks at a label.
+    to it. A tree is kept if it has a start for which some key with a distance in `low..high` occurs on both sides of
+    the cut. Starts are tried in random order until one is found; one of its keys is drawn, the distance uniformly and
+    then a cell that has it. Nothing looks at a label.
     """
     cells, sides = grid.cells, grid.sides
     parent, order = spanning_trees(grid, count, rng)
@@ -241,9 +241,9 @@ def grow_mazes(grid: Grid, count: int, low: int, high: int, rng: np.random.Gener
     code = (openings << np.arange(sides)).sum(axis=2)
     view = grid.views[np.arange(cells), code]
 
-    asked = np.logical_and(distances >= low, distances <= high)
-    together = np.equal(half[:, :, None], half[:, None])
-    possible = (asked & together).any(axis=2) & (asked & ~together).any(axis=2) & cuttable.any(axis=1)[:, None]
+    asked: NDArray[np.bool_] = (distances >= low) & (distances <= high)
+    together: NDArray[np.bool_] = np.equal(half[:, :, None], half[:, None])
+    possible = (asked & together).any(axis=2) & (asked & ~together).any(axis=2) & cuttable.any(axis=1, keepdims=True)
     found: list[Problems] = []
     pending = np.flatnonzero(possible.any(axis=1))
     while len(pending):
