@@ -243,7 +243,8 @@ def grow_mazes(grid: Grid, count: int, low: int, high: int, rng: np.random.Gener
 
     asked: NDArray[np.bool_] = (distances >= low) & (distances <= high)
     together: NDArray[np.bool_] = np.equal(half[:, :, None], half[:, None])
-    possible = (asked & together).any(axis=2) & (asked & ~together).any(axis=2) & cuttable.any(axis=1, keepdims=True)
+    possible: NDArray[np.bool_] = np.any(asked & together, axis=2) & np.any(asked & ~together, axis=2)
+    possible &= cuttable.any(axis=1, keepdims=True)
     found: list[Problems] = []
     pending = np.flatnonzero(possible.any(axis=1))
     while len(pending):
