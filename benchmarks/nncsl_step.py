@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.class_incremental import ClassIncrementalImages
+from zoo.bench.report import comparison, write_bench
 from zoo.config import load_layers
 from zoo.methods.nncsl.module import NNCSL, Encoded
 from zoo.methods.nncsl.networks import Network
@@ -104,19 +104,15 @@ def main() -> None:
             seconds = [step(1 + (number * args.steps + i) % 150) for i in range(args.steps)]
             rounds[name].append(1000 * statistics.median(seconds))
     ratios = [slow / fast for fast, slow in zip(rounds["batched"], rounds["one_by_one"], strict=True)]
-    result = {
-        "benchmark": "nncsl_step",
+    details = {
         "config": CONFIG,
         "ms_per_step": {name: statistics.median(values) for name, values in rounds.items()},
-        "ratio": statistics.median(ratios),
         "ratio_of_rounds": ratios,
         "threads": args.threads,
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    what = "time of an NNCSL step with one image and one view at a time, as in PAWS' code, over ours"
+    print(json.dumps(details, indent=1))
+    write_bench(args.out, comparison("nncsl_step", what, statistics.median(ratios), "", ">=", 3.0, details))
 
 
 if __name__ == "__main__":
