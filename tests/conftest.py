@@ -14,6 +14,8 @@ os.environ["WANDB_MODE"] = "disabled"
 
 from zoo import registry
 
+pytest_plugins = ["pytester"]
+
 REPOSITORY = Path(__file__).parents[1]
 
 
