@@ -1,4 +1,4 @@
-"""The kit passes a method that keeps the contract, and catches each way of breaking it by the check that is meant to."""
+"""The kit passes a method that keeps the contract, and catches each way of breaking it by the check that is meant to."""  # noqa: E501
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ MUTANTS = {
         "method.py", 'self._evaluate(batch, "test")', 'raise KeyError("target")', "smoke",
     ),
     "loss that is not a number": (
-        "method.py", "        self.log_dict({\"train/loss\": loss", "        loss = loss / 0 * 0\n        self.log_dict({\"train/loss\": loss", "smoke",
+        "method.py", "        self.log_dict({\"train/loss\": loss", "        loss = loss / 0 * 0\n        self.log_dict({\"train/loss\": loss", "smoke",  # noqa: E501
     ),
     "loss that does not fall": ("method.py", "return loss\n", "return -loss\n", "falls"),
     "trainable parameter without a gradient": (
-        "method.py", "self.net.parameters(), lr", "[*self.net.parameters(), *self.teacher.requires_grad_().parameters()], lr", "gradients",
+        "method.py", "self.net.parameters(), lr", "[*self.net.parameters(), *self.teacher.requires_grad_().parameters()], lr", "gradients",  # noqa: E501
     ),
     "gradients of parameters that no optimiser has": (
         "method.py", "self.net.parameters(), lr", "self.net[2].parameters(), lr", "gradients",
@@ -62,12 +62,12 @@ MUTANTS = {
     "accuracy in per cent": ("method.py", 'float().mean()\n', 'float().mean() * 100\n', "metrics"),
     "figures that are none": ("method.py", 'return {"weights": figure}', 'return {"weights": 3}', "figures"),
     "warning": (
-        "method.py", '"""Plain gradient descent."""', 'import warnings\n\n        warnings.warn("old", DeprecationWarning)', "warnings",
+        "method.py", '"""Plain gradient descent."""', 'import warnings\n\n        warnings.warn("old", DeprecationWarning)', "warnings",  # noqa: E501
     ),
     "object in the checkpoint": (
-        "method.py", "    def predict_step", "    def on_save_checkpoint(self, checkpoint: Any) -> None:\n        checkpoint['path'] = Path('x')\n\n    def predict_step", "checkpoint",
+        "method.py", "    def predict_step", "    def on_save_checkpoint(self, checkpoint: Any) -> None:\n        checkpoint['path'] = Path('x')\n\n    def predict_step", "checkpoint",  # noqa: E501
     ),
-    "no bfloat16": ("method.py", "loss = nn.", "assert not torch.is_autocast_enabled('cpu')\n        loss = nn.", "bf16"),
+    "no bfloat16": ("method.py", "loss = nn.", "assert not torch.is_autocast_enabled('cpu')\n        loss = nn.", "bf16"),  # noqa: E501
     "sum over the batch": (
         "method.py", 'batch["y"])\n', 'batch["y"], reduction="sum") / 8\n', ("accumulation", "ranks"),
     ),
@@ -75,7 +75,7 @@ MUTANTS = {
         "method.py", 'self.net(batch["x"])', 'self.net(batch["x"] - batch["x"].mean(0))', ("accumulation", "ranks"),
     ),
     "draws of its own": (
-        "method.py", "loss = nn.", "batch['x'] = batch['x'] + torch.randn(8, 4, generator=self.own)[: len(batch['x'])]\n        loss = nn.", "resume",
+        "method.py", "loss = nn.", "batch['x'] = batch['x'] + torch.randn(8, 4, generator=self.own)[: len(batch['x'])]\n        loss = nn.", "resume",  # noqa: E501
     ),
     "state that is not in the checkpoint": (
         "method.py", "self.net(batch[\"x\"]), batch", "self.net(batch[\"x\"]) / self.count(), batch", "resume",
@@ -87,10 +87,10 @@ MUTANTS = {
 
 #: What mutants use besides.
 HELPERS = {
-    "draws of its own": ("self.save_hyperparameters()", "self.own = torch.Generator().manual_seed(1)\n        self.save_hyperparameters()"),
+    "draws of its own": ("self.save_hyperparameters()", "self.own = torch.Generator().manual_seed(1)\n        self.save_hyperparameters()"),  # noqa: E501
     "object in the checkpoint": ("import torch\n", "from pathlib import Path\n\nimport torch\n"),
     "state that is not in the checkpoint": (
-        "    def predict_step", "    calls = 1\n\n    def count(self) -> int:\n        self.calls += 1\n        return self.calls\n\n    def predict_step",
+        "    def predict_step", "    calls = 1\n\n    def count(self) -> int:\n        self.calls += 1\n        return self.calls\n\n    def predict_step",  # noqa: E501
     ),
 }  # fmt: skip
 

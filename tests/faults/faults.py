@@ -242,7 +242,7 @@ def corrupt_checkpoint(folder: Path, draw: random.Random) -> str:
     """The newest checkpoint is cut off or has a changed byte: the one before is used, with a word about it."""
     child = fit(folder, [probe(Disturb, step=STEPS - 3, what="remove", path=str(folder / "points.npy"))])
     assert child.wait(TIMEOUT) == 1
-    newest, before = checkpoints_newest_first(folder / "run")[:2]
+    newest = checkpoints_newest_first(folder / "run")[0]
     content = bytearray(newest.read_bytes())
     place = draw.randrange(len(content))
     how = draw.choice(["cut off", "changed"])
@@ -268,7 +268,7 @@ def out_of_memory(folder: Path, draw: random.Random) -> str:
 
 
 def two_jobs(folder: Path, draw: random.Random) -> str:
-    """A second job in the directory of a running one is refused, as `fit` and as `--resume`; the first is not disturbed."""
+    """A second job in the directory of a running one is refused, as `fit` and `--resume`; the first goes on."""
     ready = folder / "ready"
     first = fit(folder, [probe(Disturb, step=EVERY + 3, what="wait", path=str(ready))])
     assert first.wait_for(folder / "run" / "checkpoints" / f"step={EVERY}.ckpt")

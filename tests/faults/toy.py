@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from tests.conformance.exemplary.data import PointBatches
@@ -86,7 +86,7 @@ class Fragile(Exemplary):
     def __init__(
         self, num_classes: int, lr: float = 0.1, width: int = 64, nan_at: int = -1, memory_at: int = -1
     ) -> None:
-        LightningModule.__init__(self)
+        super(Exemplary, self).__init__()  # the networks are others
         self.net = torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.Tanh(), torch.nn.Linear(width, num_classes))
         self.teacher = frozen_copy(self.net)
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))

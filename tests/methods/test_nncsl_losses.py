@@ -141,7 +141,7 @@ def test_paws_equals_a_naive_loop():
 
 
 def test_paws_equals_the_published_loss():
-    """Values and gradients of `init_paws_loss(multicrop=2, tau=0.1, T=0.25, me_max=True)` of facebookresearch/suncet."""
+    """Values and gradients of `init_paws_loss(multicrop=2, tau=0.1, T=0.25, me_max=True)` of facebookresearch/suncet."""  # noqa: E501
     views = torch.cat([waves(6, 8, phase) for phase in (0.1, 0.2, 0.9, 2.0)]).requires_grad_()
     supports = waves(12, 8, 5.0).requires_grad_()
     y = losses.label_matrix(torch.arange(3).repeat(4), 0, 3)

@@ -73,6 +73,7 @@ class Bench(Callback):
     Attributes:
         fit_blocks: Seconds of the steps of each fit block.
         raw_blocks: The same of the raw blocks.
+        fit_cpu, raw_cpu: Processor time of each block in seconds, of this process; a busy machine does not change it.
         fit_wait, raw_wait: Seconds between the end of a step and the start of the next one's work.
         rows: Samples in each measured batch of the fit.
         tokens: Tokens in each of them.
@@ -91,6 +92,8 @@ class Bench(Callback):
         self.per_block = 1 + -(-steps // blocks)
         self.fit_blocks: list[list[float]] = []
         self.raw_blocks: list[list[float]] = []
+        self.fit_cpu: list[float] = []
+        self.raw_cpu: list[float] = []
         self.fit_wait: list[float] = []
         self.raw_wait: list[float] = []
         self.rows: list[int] = []
@@ -100,7 +103,7 @@ class Bench(Callback):
         self._loop: RawLoop | None = None
         self._batches = 0
         self._marks: list[Any] = []
-        self._ended = 0.0
+        self._ended = self._cpu = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         watch(trainer)
@@ -124,9 +127,12 @@ class Bench(Callback):
             self._prepare(trainer)
         else:
             self._marks.append(self.clock.mark())
+            if len(self._marks) == 2:
+                self._cpu = time.process_time()
             if len(self._marks) <= self.per_block:
                 self._ended = time.perf_counter()
                 return
+            self.fit_cpu.append(time.process_time() - self._cpu)
             self.fit_blocks.append(self.clock.seconds(self._marks)[1:])
             self.done = len(self.fit_blocks) > self.blocks
             trainer.should_stop = self.done
@@ -153,7 +159,7 @@ class Bench(Callback):
 
     def _raw_block(self, loop: RawLoop) -> list[float]:
         self.clock.wait()
-        marks = [self.clock.mark()]
+        marks, cpu = [self.clock.mark()], 0.0
         for step in range(self.per_block):
             began = time.perf_counter()
             loop.fetch()
@@ -162,4 +168,7 @@ class Bench(Callback):
                 self.raw_rows.append(batch_rows(loop.batch))
             loop.work()
             marks.append(self.clock.mark())
+            if not step:
+                cpu = time.process_time()
+        self.raw_cpu.append(time.process_time() - cpu)
         return self.clock.seconds(marks)[1:]

@@ -78,6 +78,7 @@ def summarise(bench: Any, precision: str, hardware: Mapping[str, Any]) -> dict[s
         "fit": speed(bench.fit_blocks, bench.fit_wait, sum(bench.rows), sum(bench.tokens)),
         "raw": None,
         "ratio": None,
+        "processor_time_ratio": None,
         "trainer_ms_per_step": None,
         "peak_memory_bytes": bench.peak_bytes,
         "flops_per_step": bench.flops,
@@ -87,6 +88,10 @@ def summarise(bench: Any, precision: str, hardware: Mapping[str, Any]) -> dict[s
         ratios = paired_ratios(bench.fit_blocks, bench.raw_blocks)
         out["raw"] = speed(bench.raw_blocks, bench.raw_wait, sum(bench.raw_rows), 0)
         out["ratio"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "blocks": ratios}
+        if bench.clock.device.type == "cpu":
+            per_step = [[[s / len(b)] for s, b in zip(cpu, blocks, strict=True)] for cpu, blocks in (
+                (bench.fit_cpu, bench.fit_blocks), (bench.raw_cpu, bench.raw_blocks))]  # fmt: skip
+            out["processor_time_ratio"] = statistics.median(paired_ratios(*per_step))
         out["trainer_ms_per_step"] = trainer_ms(bench.fit_blocks, bench.raw_blocks)
     gpus = hardware.get("gpus") or []
     peak = peak_flops(gpus[0], precision) if gpus and bench.clock.device.type == "cuda" else None
@@ -209,6 +214,8 @@ def show(content: Mapping[str, Any]) -> None:
     lines = []
     if ratio:
         lines.append(f"fit over raw: {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f} over blocks)")
+        if content["processor_time_ratio"]:
+            lines.append(f"in processor time: {content['processor_time_ratio']:.3f}")
         lines.append(f"Trainer: {content['trainer_ms_per_step']:.2f} ms a step")
     lines.append(f"peak memory: {content['peak_memory_bytes'] / 2**20:.0f} MiB")
     if content["flops_per_step"]:

@@ -61,7 +61,7 @@ class Shape:
     def keep(self, layers: Sequence[int]) -> Shape:
         """Return the sizes of the model with these layers alone."""
         own = asdict(self)
-        return replace(self, **{key: tuple(own[key][i] for i in layers) for key in ("heads", "kv_heads", "mlp")})
+        return replace(self, **{key: tuple(own[key][i] for i in layers) for key in ("heads", "kv_heads", "mlp")})  # type: ignore[arg-type]
 
     def plain(self) -> dict[str, Any]:
         """Return the values with lists for tuples, as a checkpoint holds them."""
@@ -70,7 +70,7 @@ class Shape:
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> Shape:
         """Read what `plain` gave."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})  # type: ignore[arg-type]
 
 
 class Rotation(NamedTuple):
