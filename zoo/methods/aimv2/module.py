@@ -344,6 +344,12 @@ class AIMv2(LightningModule):
                 break
         return text
 
+    def export(self, folder: str) -> None:
+        """Write the encoder as a folder that `Aimv2VisionModel.from_pretrained` reads, for `zoo export`."""
+        from zoo.methods.aimv2.weights import export_trunk
+
+        export_trunk(self.trunk, folder)
+
     def figures(self) -> dict[str, Figure]:
         """Next patches that are predicted, and captions, for a few images of the last evaluation."""
         from zoo.methods.aimv2.figures import caption_figure, patch_figure
