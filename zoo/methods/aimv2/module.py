@@ -25,7 +25,7 @@ from zoo.methods.aimv2.losses import (
 )
 from zoo.methods.aimv2.networks import Decoder, ResidualMLP, TextTower, Towers, build_trunk
 from zoo.methods.aimv2.optimiser import adam_lh
-from zoo.methods.aimv2.weights import load_network, load_trunk
+from zoo.methods.aimv2.weights import export_trunk, load_network, load_trunk
 from zoo.nn.distributed import all_gather_rows, rank, world_size
 from zoo.nn.schedules import total_steps, warmup_cosine_lr
 
@@ -346,8 +346,6 @@ class AIMv2(LightningModule):
 
     def export(self, folder: str) -> None:
         """Write the encoder as a folder that `Aimv2VisionModel.from_pretrained` reads, for `zoo export`."""
-        from zoo.methods.aimv2.weights import export_trunk
-
         export_trunk(self.trunk, folder)
 
     def figures(self) -> dict[str, Figure]:
