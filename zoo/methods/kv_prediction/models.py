@@ -180,3 +180,27 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def strip_base(checkpoint: dict[str, Any]) -> None:
+    """Take the weights of the base out of a checkpoint."""
+    weights = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {name: value for name, value in weights.items() if not name.startswith("base.")}
+
+
+def restore_base(checkpoint: dict[str, Any], base: CausalLM, base_hash: str) -> None:
+    """Put the base back where `strip_base` took it out.
+
+    Raises:
+        ValueError: If it is not the base that the checkpoint was trained with.
+    """
+    weights = checkpoint["state_dict"]
+    if any(name.startswith("base.") for name in weights):
+        return
+    trained_with = checkpoint["kv_prediction"]["base_hash"]
+    if trained_with != base_hash:
+        raise ValueError(
+            f"base: its weights (hash {base_hash[:12]}) are not those that the checkpoint was trained with "
+            f"({trained_with[:12]}); accepted: the same base"
+        )
+    weights |= {f"base.{name}": value for name, value in base.state_dict().items()}

@@ -265,8 +265,21 @@ class CausalLM(nn.Module):
         return x, entries
 
     def entries(self, ids: Tensor) -> list[Entries]:
-        """Entries of each layer of a sequence; the output layer is not run."""
-        return self(ids)[1]
+        """Entries of each layer of a sequence.
+
+        What is after the last layer's projections gives no entry and is not run; `flops` counts it all the same, as
+        the paper does.
+        """
+        rotation = self.rotation(torch.arange(ids.shape[1], device=ids.device))
+        x, entries = self.embed_tokens(ids), list[Entries]()
+        for i, block in enumerate(self.blocks()):
+            attention, hidden = block.self_attn, block.input_layernorm(x)
+            keys, values = attention.entries(hidden)
+            entries.append((keys, values))
+            if i + 1 < self.shape.depth:
+                queries = attention.queries(hidden, rotation)
+                x = block.finish(x, attention(queries, attention.ready(keys, rotation), values, None, True))
+        return entries
 
     def normed(self, entries: Sequence[Entries]) -> list[Entries]:
         """Keys after the key norm, before the rotation, with the values: what the consistency loss compares."""
@@ -351,3 +364,17 @@ class KVPredictor(nn.Module):
             shape = (*keys.shape[:2], self.heads[i], self.head_dim)
             predicted.append((keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2)))
         return predicted
+
+
+def unused_for_entries(model: CausalLM, layer_map: Sequence[int]) -> list[nn.Parameter]:
+    """Parameters of an auxiliary model that no entry which the map reads depends on: they need a loss of their own."""
+    last = max(layer_map)
+    unused = [model.norm, *model.layers[last + 1 :]]
+    block = model.blocks()[last]
+    attention = block.self_attn
+    unused += [block.mlp, block.post_attention_layernorm, attention.q_proj, attention.o_proj, attention.q_norm]
+    if not model.shape.tied:
+        unused.append(model.lm_head)
+    # the auxiliary's last key norm serves its own attention alone
+    unused.append(attention.k_norm)
+    return [parameter for module in unused for parameter in module.parameters()]
