@@ -63,6 +63,13 @@ def test_no_verdict_before_all_seeds_are_there() -> None:
 
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_an_aggregate_waits_for_the_first_seed(aggregate: str) -> None:
+    out = judge(claim(Side("a", "m", aggregate=aggregate), B), measured(a=[0.5], b=[]), [0, 1])
+    assert out["holds"] is None
+    assert out["left"] == {"run": "a", "metric": "m", "aggregate": aggregate, "mean": None, "std": None}
+
+
+@pytest.mark.parametrize("aggregate", sorted(AGGREGATES))
 def test_a_value_that_is_not_finite_fails(aggregate: str) -> None:
     out = judge(claim(aggregate=aggregate), measured(a=[0.9, None, 0.9], b=[0.1, 0.1, 0.1]), [0, 1, 2])
     assert out["holds"] is False

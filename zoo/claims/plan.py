@@ -73,7 +73,8 @@ class Side:
             return [self.number for _ in seeds]
         stored = [runs[self.run][seed][self.metric] for seed in seeds]
         values = [float("nan") if value is None else self.times * value for value in stored]
-        return [AGGREGATES[self.aggregate](values)] * len(values) if self.aggregate else values
+        # there is nothing to aggregate before the first seed is there
+        return [AGGREGATES[self.aggregate](values)] * len(values) if self.aggregate and values else values
 
     def __str__(self) -> str:
         if not self.run:
