@@ -54,6 +54,24 @@ class Stamp(pl.Callback):
         checkpoint["zoo"] = {"api": ZOO_API, "method": self.method, "method_version": version, "config": kept}
 
 
+class SameStart(pl.Callback):
+    """Gives the generators the state that they had when it was made, in every process.
+
+    Strategies with several processes seed them again when they connect, after the networks were built; a single process
+    does not. Without this, draws during the training would depend on the number of processes.
+    """
+
+    def __init__(self) -> None:
+        from callbacks.rng import rng_state
+
+        self.state = rng_state()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        from callbacks.rng import set_rng_state
+
+        set_rng_state(self.state)
+
+
 class ZooCLI(LightningCLI):
     """LightningCLI for classes that are known already and a config that is checked already."""
 
@@ -222,6 +240,7 @@ class Job:
         kwargs: dict[str, Any] = {"model": self.cli.model, "datamodule": self.cli.datamodule}
         if self.checkpoint is not None:
             kwargs["ckpt_path"] = str(self.checkpoint)
+        self.cli.trainer.callbacks.insert(0, SameStart())  # type: ignore[attr-defined]
         getattr(self.cli.trainer, self.options.command)(**kwargs)
 
     def _explain(self, error: Exception, directory: runs.RunDirectory) -> None:
