@@ -155,6 +155,7 @@ class _HopTraining(Batches):
         questions = torch.stack([cycles.gather(1, start), data.symbols + kind], dim=2)
         parts = torch.cat([questions, answers], dim=2)
         counts = torch.cat([torch.zeros_like(questions), torch.ones_like(answers)], dim=2).bool()
+        facts = data.fact_tokens(facts)
         ids = torch.cat([facts, parts.flatten(1)], dim=1)
         labels = torch.cat([torch.full_like(facts, IGNORE), parts.masked_fill(~counts, IGNORE).flatten(1)], dim=1)
         rows = self.rows(size)
@@ -178,7 +179,8 @@ class _HopPrompts(Batches):
         cycles, facts = draw_cycles(size, data.symbols, data.facts, keyed_generator("hop", self.part, index))
         start = torch.arange(first, first + size)[:, None] % data.facts
         answer = walk(cycles, start, torch.full_like(start, data.hops[kind]), data.answer_length)[:, 0]
-        prompt = torch.cat([facts, cycles.gather(1, start), torch.full_like(start, data.symbols + kind)], dim=1)
+        question = [cycles.gather(1, start), torch.full_like(start, data.symbols + kind)]
+        prompt = torch.cat([data.fact_tokens(facts), *question], dim=1)
         rows = self.rows(size)
         number = torch.arange(first, first + size)[rows]
         return {"prompt_ids": prompt[rows], "answer_ids": answer[rows], "row": number, "group": f"hop{data.hops[kind]}"}
@@ -187,14 +189,16 @@ class _HopPrompts(Batches):
 class Hop(ZooDataModule):
     """Facts of a random cycle in random order, then questions: which symbol is one step on, or two?
 
-    A sequence is `k v` for each fact, then `x` `marker` and the answer for each question; only answers are labels. The
-    marker says how many steps. Evaluation has one question a prompt, and its last token is the marker. Nothing can be
-    answered without the facts: a method that loses a part of the prompt loses answers.
+    A sequence is `k v` (two tokens, or one) for each fact, then `x` `marker` and the answer for each question; only
+    answers are labels. The marker says how many steps. Evaluation has one question a prompt, and its last token is the
+    marker. Nothing can be answered without the facts: a method that loses a part of the prompt loses answers.
 
     Args:
         symbols: Symbols to choose from.
         facts: Symbols of a cycle.
         hops: Steps that are asked for, each with a marker.
+        joint_facts: Whether a fact `k v` is one token. Otherwise a model first has to learn to join two tokens, which
+            takes small ones some thousand steps.
         queries: Questions of a training sequence.
         answer_length: Symbols of an answer: a walk from the one asked for.
         batch_size: Sequences in a (global) batch.
@@ -210,6 +214,7 @@ class Hop(ZooDataModule):
         symbols: int = 10,
         facts: int = 6,
         hops: list[int] | None = None,
+        joint_facts: bool = False,
         queries: int = 8,
         answer_length: int = 1,
         batch_size: int = 64,
@@ -237,18 +242,26 @@ class Hop(ZooDataModule):
         if not self.hops or len(set(self.hops)) != len(self.hops) or not all(0 < h < facts for h in self.hops):
             raise ValueError(f"hops: {self.hops} is not accepted; accepted: different numbers from 1 to {facts - 1}")
         self.symbols, self.facts, self.queries, self.answer_length = symbols, facts, queries, answer_length
+        self.joint_facts = joint_facts
         self.batch_size, self.steps_per_epoch = batch_size, steps_per_epoch
         self.eval_prompts, self.eval_batch_size = eval_prompts, eval_batch_size
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens: symbols and markers."""
-        return self.symbols + len(self.hops)
+        """Number of tokens: symbols and markers, and the facts that are one token."""
+        return self.symbols + len(self.hops) + self.joint_facts * self.symbols**2
 
     @property
     def tokenizer_id(self) -> str:
         """What the tokens mean."""
-        return f"hop-{self.symbols}-{'-'.join(map(str, self.hops))}"
+        return f"hop-{self.symbols}-{'-'.join(map(str, self.hops))}{'-joint' * self.joint_facts}"
+
+    def fact_tokens(self, facts: Tensor) -> Tensor:
+        """Tokens of facts `[B, 2 * F]`: themselves, or one for each, `[B, F]`."""
+        if not self.joint_facts:
+            return facts
+        first, second = facts.unflatten(1, (-1, 2)).unbind(dim=2)
+        return self.symbols + len(self.hops) + first * self.symbols + second
 
     def train_dataloader(self) -> ResumableLoader:
         """New sequences in every epoch."""

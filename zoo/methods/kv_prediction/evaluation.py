@@ -158,18 +158,17 @@ class Sums:
         """Add sums and counts; their names get `folder/` before them, if it is not empty."""
         for name, (value, count) in values.items():
             key = f"{folder}/{name}" if folder else name
-            total, before = self._sums.get(key, (torch.zeros_like(value, dtype=torch.float64), 0))
-            self._sums[key] = (total + value.double(), before + count)
+            total, before = self._sums.get(key, (torch.zeros((), dtype=torch.float64), 0))
+            self._sums[key] = (total + value.detach().cpu().double(), before + count)
 
     def means(self, device: torch.device) -> dict[str, float]:
         """Return the means over all processes; each must have added under the same names."""
         names = sorted(self._sums)
         if not names:
             return {}
-        table = torch.stack(
-            [torch.stack([self._sums[n][0].cpu(), torch.tensor(float(self._sums[n][1]))]) for n in names]
-        )
-        sums, counts = all_reduce_sum(table.double().to(device)).unbind(dim=1)
+        totals = torch.stack([self._sums[name][0] for name in names]).to(device)
+        counted = torch.tensor([self._sums[name][1] for name in names], dtype=torch.float64, device=device)
+        sums, counts = all_reduce_sum(torch.stack([totals, counted]))
         return dict(zip(names, (sums / counts).tolist(), strict=True))
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from zoo.methods.kv_prediction.losses import pruned_map
 from zoo.methods.kv_prediction.networks import CausalLM, Shape
+from zoo.methods.kv_prediction.openelm import find_openelm, load_openelm
 from zoo.nn.lm import build_lm, lm_config
 
 if TYPE_CHECKING:
@@ -112,9 +113,9 @@ def build_model(
 
     Args:
         spec: `{model_type: llama, hidden_size: 64, ...}`: sizes as `transformers` names them, random weights.
-            `path.ckpt`: a checkpoint of this method with `mode: alone`. Another path, or a name on the hub: a
-            `transformers` model. `{layers: [0, 2], of: SPEC}`: some layers of another model; `of` left out means the
-            base.
+            `path.ckpt`: a checkpoint of this method with `mode: alone`. Another path, or a name on the hub: a model of
+            `transformers`, or an OpenELM. `{layers: [0, 2], of: SPEC}`: some layers of another model; `of` left out
+            means the base.
         key: Argument that the errors name.
         vocab_size: Tokens of the data; 0 if unknown.
         tokenizer_id: What the tokens of the data mean; `""` if unknown.
@@ -127,7 +128,8 @@ def build_model(
         if spec.endswith(".ckpt"):
             model = _from_checkpoint(Path(spec).expanduser(), key, tokenizer_id)
         else:
-            model = from_transformers(build_lm(spec))
+            folder = find_openelm(spec)
+            model = from_transformers(build_lm(spec)) if folder is None else load_openelm(folder)
     elif "layers" in spec:
         unknown = sorted(set(spec) - {"layers", "of"})
         if unknown or ("of" not in spec and of is None):
