@@ -1,0 +1,1 @@
+"""Potential of a chain of thought, arXiv 2602.14903."""

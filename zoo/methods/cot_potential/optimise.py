@@ -1,0 +1,123 @@
+"""The optimised chain of thought (Algorithm 1 of arXiv 2602.14903, reported): greedy in the potential."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from zoo.methods.cot_potential.curves import Chunker, Problem, Trace, sample_curves
+from zoo.methods.cot_potential.engine import Job, Sampler
+from zoo.methods.cot_potential.store import SampleStore
+
+
+@dataclass
+class _State:
+    problem: Problem
+    tokens: Any
+    boundaries: list[int] = field(default_factory=lambda: [0])
+    ended: bool = False
+
+
+def optimise_traces(
+    engine: Sampler,
+    problems: Sequence[Problem],
+    candidates: int,
+    count: int,
+    store: SampleStore,
+    stop: Sequence[Any],
+    chunk_tokens: int,
+    most_chunks: int,
+    least_chunks: int = 0,
+) -> list[Trace]:
+    """Write each trace chunk by chunk: of `M` sampled chunks, keep the one after which the potential is highest.
+
+    Equal candidates are one. Ties go to the candidate that was drawn more often, then to the earlier one: a cheap stand-in
+    for the higher log-probability. With many candidates and no `least_chunks` the search finds a lucky guess, as a
+    public review remarks.
+
+    Args:
+        engine: Draws chunks and completions.
+        problems: What is to be answered.
+        candidates: Chunks `M` to choose from; 1 is natural sampling.
+        count: Completions `N` behind each potential.
+        store: Keeps both.
+        stop: Tokens that end a chunk.
+        chunk_tokens: Most tokens of a chunk.
+        most_chunks: Where to give up.
+        least_chunks: Chunks before which candidates with an answer are passed over, where there are others.
+
+    Returns:
+        A trace for each problem; their potentials are to be estimated anew, as the chosen ones are biased upwards.
+    """
+    states = [_State(problem, problem.prompt[:0]) for problem in problems]
+    for step in range(most_chunks):
+        live = [i for i, s in enumerate(states) if not s.ended and len(s.tokens) < engine.policy.budget]
+        if not live:
+            break
+        jobs = []
+        for i in live:
+            s = states[i]
+            key = f"{s.problem.key}/opt{candidates}-{step}"
+            cut = len(s.tokens)
+            jobs.append(Job(engine.open(key, s.problem.prompt, s.tokens, [cut]), cut, 0, range(candidates)))
+        drawn = dict(zip(live, _chunks(engine, jobs, store, chunk_tokens, stop), strict=True))
+        choices = {i: _distinct(states[i], drawn[i], step < least_chunks) for i in live}
+        trials: list[Trace] = []
+        for i in live:
+            s = states[i]
+            for number, chunk in enumerate(choices[i]):
+                tokens = s.tokens + chunk
+                # the end is no boundary that is known: the trace goes on from it
+                key = f"{s.problem.key}/opt{candidates}-{step}-{number}"
+                trials.append(Trace(s.problem, tokens, (0, len(tokens), len(tokens)), key))
+        open_trials = [t for t in trials if not _ended(t, engine)]
+        curves = sample_curves(engine, open_trials, count, store, points=[[1]] * len(open_trials))
+        scores = {t.key: float(t.correct) for t in trials} | {c.trace.key: float(c.pot[1]) for c in curves}
+        for i in live:
+            s = states[i]
+            keys = [f"{s.problem.key}/opt{candidates}-{step}-{n}" for n in range(len(choices[i]))]
+            best = max(range(len(keys)), key=lambda n: (scores[keys[n]], -n))
+            s.tokens = s.tokens + choices[i][best]
+            s.boundaries.append(len(s.tokens))
+            s.ended = _ended(Trace(s.problem, s.tokens, (0,), ""), engine)
+    return [
+        Trace(s.problem, s.tokens, tuple(s.boundaries), f"{s.problem.key}/opt{candidates}") for s in states
+    ]
+
+
+def _ended(trace: Trace, engine: Sampler) -> bool:
+    """Whether the answer is there, or no room is left."""
+    tokens = trace.tokens
+    answered = trace.problem.answer_start(tokens) < len(tokens)
+    return answered or len(tokens) >= engine.policy.budget
+
+
+def _distinct(state: _State, chunks: Sequence[Any], hold_back: bool) -> list[Any]:
+    """Different chunks, those drawn more often first; without answers if others are there."""
+    order: list[Any] = []
+    for chunk in chunks:
+        if chunk not in order:
+            order.append(chunk)
+    order.sort(key=lambda chunk: -sum(chunk == other for other in chunks))
+    if hold_back:
+        waiting = [c for c in order if state.problem.answer_start(state.tokens + c) == len(state.tokens + c)]
+        order = waiting or order
+    return order
+
+
+def _chunks(
+    engine: Sampler, jobs: Sequence[Job], store: SampleStore, most: int, stop: Sequence[Any]
+) -> list[list[Any]]:
+    """Sample chunks, or take them from the store."""
+    todo = [j for j in jobs if len(store.get(j.opened.key, j.cut, j.boundary)) < len(j.rows)]
+    for job, samples in zip(todo, engine.complete(todo, most, stop) if todo else [], strict=True):
+        store.add(job.opened.key, job.cut, job.boundary, job.rows, samples)
+    return [[store.get(j.opened.key, j.cut, j.boundary)[row] for row in j.rows] for j in jobs]
+
+
+def chunk_stop(chunker: Chunker, vocabulary: Sequence[str]) -> tuple[list[int], int]:
+    """Tokens that end a chunk, and most tokens of one, for a chunker on token ids."""
+    if chunker.kind == "step_token":
+        return [i for i, word in enumerate(vocabulary) if word == chunker.token], 0
+    return [], chunker.size
