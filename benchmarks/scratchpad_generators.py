@@ -1,0 +1,272 @@
+"""Problems a second of the scratchpad generators, against a plain Python version and against `maze-dataset`.
+
+The plain version does one problem after the other: Python loops for the tree or the loop, breadth-first search, PIL for
+every frame. For mazes it leaves out the matching of both ends, which costs most, so that the ratio is a lower bound.
+Both deliver the question and all frames of the solution as palette indices. Numbers are problems per second of
+processor time of one thread.
+
+    python benchmarks/scratchpad_generators.py [--seconds 3] [--maze-dataset FOLDER] [--out DIR]
+
+`--maze-dataset` takes a folder with that package, kept apart from everything else; it makes mazes and their solutions,
+without pictures:
+
+    pip install --no-deps --target FOLDER maze-dataset==1.4.2 'muutils<0.9' jaxtyping zanj wadler-lindig
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from datamodules.scratchpad.datamodule import make_task
+from datamodules.scratchpad.tasks import BLACK, BLUE, PALETTE, RED, WHITE, Sketch, Task, frame_indices, num_frames
+from zoo.bench.report import comparison, write_bench
+
+#: Name -> task, size, image size, least and largest difficulty, problems a second that are aimed at (0: no aim).
+CASES: dict[str, tuple[str, int | None, int, int, int, int]] = {
+    "rect_maze_6": ("rect_maze", 6, 24, 5, 10, 4000),
+    "rect_maze_16": ("rect_maze", 16, 64, 10, 40, 600),
+    "circ_maze_3": ("circ_maze", 3, 42, 4, 9, 0),
+    "cycles_24": ("cycles", None, 96, 24, 24, 1500),
+    "strings_12": ("strings", None, 96, 12, 12, 0),
+}
+#: Cases that have a plain version.
+PLAIN = ("rect_maze_6", "rect_maze_16", "cycles_24")
+
+MAZE_DATASET = """
+import time
+from maze_dataset.generation import LatticeMazeGenerators
+import numpy as np
+rate = {}
+for size in (6, 16):
+    shape, count, start = np.array([size, size]), 0, time.process_time()
+    while time.process_time() - start < SECONDS:
+        maze = LatticeMazeGenerators.gen_dfs(shape)
+        maze.find_shortest_path((0, 0), (size - 1, size - 1))
+        count += 1
+    rate[f"rect_maze_{size}"] = count / (time.process_time() - start)
+import json
+print(json.dumps(rate))
+"""
+
+
+def rate(make: Callable[[], int], seconds: float, rounds: int = 3) -> float:
+    """Return problems per second of processor time, the median of rounds; `make` returns how many it made."""
+    make()
+    rates = []
+    for _ in range(rounds):
+        count, start = 0, time.process_time()
+        while time.process_time() - start < seconds / rounds:
+            count += make()
+        rates.append(count / (time.process_time() - start))
+    return statistics.median(rates)
+
+
+def batched(task: Task, low: int, high: int, all_frames: bool, size: int = 256) -> Callable[[], int]:
+    """Return a function that makes `size` problems; `all_frames` writes every frame out, as the plain version does."""
+    rng = np.random.default_rng(0)
+
+    def make() -> int:
+        problems = task.draw(size, low, high, rng)
+        sketch = task.sketch(problems)
+        if all_frames:
+            for row, last in enumerate(num_frames(problems)):
+                one = Sketch(sketch.canvas[row : row + 1], sketch.arrival[row : row + 1])
+                frame_indices(one, np.arange(last + 1))
+        return size
+
+    return make
+
+
+def plain_maze(size: int, cell: int, low: int, high: int) -> Callable[[], int]:
+    """Return a function that makes one rectangular maze with a balanced cut, and all its frames, by loops and PIL."""
+    rng = random.Random(0)
+    cells = size * size
+
+    def neighbours(at: int) -> list[int]:
+        row, column = divmod(at, size)
+        found = [at - size] * (row > 0) + [at + size] * (row < size - 1)
+        return found + [at - 1] * (column > 0) + [at + 1] * (column < size - 1)
+
+    def distances(tree: dict[int, set[int]], start: int) -> dict[int, int]:
+        found, queue = {start: 0}, deque([start])
+        while queue:
+            at = queue.popleft()
+            for other in tree[at] - found.keys():
+                found[other] = found[at] + 1
+                queue.append(other)
+        return found
+
+    def draw(tree: dict[int, set[int]], colours: dict[int, int]) -> NDArray[np.uint8]:
+        image = Image.new("P", (size * cell, size * cell), BLACK)
+        pen = ImageDraw.Draw(image)
+        for at in range(cells):
+            row, column = divmod(at, size)
+            x, y, colour = column * cell, row * cell, colours.get(at, WHITE)
+            pen.rectangle([x + 1, y + 1, x + cell - 2, y + cell - 2], fill=colour)
+            for other in tree[at]:
+                side = {
+                    -size: [x + 1, y, x + cell - 2, y],
+                    size: [x + 1, y + cell - 1, x + cell - 2, y + cell - 1],
+                    -1: [x, y + 1, x, y + cell - 2],
+                    1: [x + cell - 1, y + 1, x + cell - 1, y + cell - 2],
+                }
+                pen.rectangle(side[other - at], fill=colour)
+        return np.asarray(image)
+
+    def make() -> int:
+        wanted = rng.random() < 0.5
+        while True:
+            weight = {
+                tuple(sorted((at, other))): rng.random() for at in range(cells) for other in neighbours(at)
+            }  # Kruskal
+            root = list(range(cells))
+
+            def find(at: int, root: list[int] = root) -> int:
+                while root[at] != at:
+                    root[at] = root[root[at]]
+                    at = root[at]
+                return at
+
+            tree: dict[int, set[int]] = {at: set() for at in range(cells)}
+            edges = []
+            for a, b in sorted(weight, key=weight.__getitem__):
+                if find(a) != find(b):
+                    root[find(a)] = find(b)
+                    tree[a].add(b)
+                    tree[b].add(a)
+                    edges.append((a, b))
+            rng.shuffle(edges)
+            start = rng.randrange(cells)
+            before = distances(tree, start)
+            for a, b in edges:
+                tree[a].discard(b)
+                tree[b].discard(a)
+                after = distances(tree, start)
+                if cells // 4 <= len(after) <= cells - cells // 4:
+                    break
+                tree[a].add(b)
+                tree[b].add(a)
+            else:
+                continue
+            ends = [at for at in range(cells) if low <= before[at] <= high and (at in after) == wanted]
+            if ends:
+                break
+        end = rng.choice(ends)
+        last = after[end] if wanted else max(after.values())
+        for step in range(last + 1):
+            colours = {end: RED} | {at: BLUE for at, distance in after.items() if distance <= step}
+            draw(tree, colours)
+        return 1
+
+    return make
+
+
+def plain_cycle(nodes: int, image_size: int) -> Callable[[], int]:
+    """Return a function that makes one problem of cycles and all its frames, by loops and PIL."""
+    rng = random.Random(0)
+    palette = [int(255 * part) for colour in PALETTE for part in colour]
+
+    def make() -> int:
+        wanted = rng.random() < 0.5
+        order = list(range(nodes))
+        rng.shuffle(order)
+        loops = [order] if wanted else [order[: nodes // 2], order[nodes // 2 :]]
+        turn, centre = rng.random(), (image_size - 1) / 2
+        at = []
+        for node in range(nodes):
+            angle = 2 * math.pi * (turn + node / nodes)
+            at.append((centre + 0.42 * image_size * math.cos(angle), centre + 0.42 * image_size * math.sin(angle)))
+        joined: dict[int, list[int]] = {node: [] for node in order}
+        edges = [(loop[i - 1], loop[i]) for loop in loops for i in range(len(loop))]
+        for a, b in edges:
+            joined[a].append(b)
+            joined[b].append(a)
+        blue, frames = {0: 0}, deque([0])
+        while frames:
+            node = frames.popleft()
+            for other in joined[node]:
+                if other not in blue:
+                    blue[other] = blue[node] + 1
+                    frames.append(other)
+        radius = max(1.5, 0.025 * image_size)
+        for step in range(max(blue.values()) + 1):
+            image = Image.new("P", (image_size, image_size), WHITE)
+            image.putpalette(palette)
+            pen = ImageDraw.Draw(image)
+            done = [(a, b) for a, b in edges if min(blue.get(a, nodes), blue.get(b, nodes)) < step]
+            for colour, lines in ((BLACK, edges), (BLUE, done)):
+                for a, b in lines:
+                    pen.line([at[a], at[b]], fill=colour, width=2)
+            for node, (x, y) in enumerate(at):
+                colour = BLUE if blue.get(node, nodes) <= step else BLACK
+                pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
+            np.asarray(image)
+        return 1
+
+    return make
+
+
+def measure(seconds: float, maze_dataset: str) -> dict[str, dict[str, Any]]:
+    """Measure every case."""
+    foreign: dict[str, float] = {}
+    if maze_dataset:
+        code = MAZE_DATASET.replace("SECONDS", str(seconds))
+        words, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": maze_dataset}
+        done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
+        foreign = json.loads(done.stdout.splitlines()[-1])
+    found = {}
+    for name, (kind, size, image_size, low, high, aim) in CASES.items():
+        task = make_task(kind, image_size, size)
+        one: dict[str, Any] = {"task": kind, "size": size, "image_size": image_size, "difficulty": [low, high]}
+        one["problems_per_second"] = rate(batched(task, low, high, all_frames=False), seconds)
+        one["aim_per_second"] = aim or None
+        if name in PLAIN:
+            ours = rate(batched(task, low, high, all_frames=True), seconds)
+            plain = plain_cycle(high, image_size) if size is None else plain_maze(size, image_size // size, low, high)
+            theirs = rate(plain, seconds)
+            one |= {"all_frames_per_second": ours, "plain_per_second": theirs, "over_plain": ours / theirs}
+        if name in foreign:
+            one["maze_dataset_per_second"] = foreign[name]
+        found[name] = one
+        print(name, json.dumps(one), flush=True)
+    return found
+
+
+def main() -> None:
+    """Measure, print and write the files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=3.0, help="processor time of each measurement")
+    parser.add_argument("--maze-dataset", default="", metavar="FOLDER", help="folder with maze-dataset")
+    parser.add_argument("--out", type=Path, default=Path("results/bench"))
+    args = parser.parse_args()
+    cases = measure(args.seconds, args.maze_dataset)
+    details = {"cases": cases, "clock": "processor time of one thread"}
+    ratio = min(cases[name]["over_plain"] for name in PLAIN)
+    what = "scratchpad problems with all frames a second, over plain Python with PIL; the least of three tasks"
+    write_bench(
+        args.out / "scratchpad_generators.json",
+        comparison("scratchpad_generators", what, ratio, "", ">=", 10.0, details),
+    )
+    share = min(one["problems_per_second"] / one["aim_per_second"] for one in cases.values() if one["aim_per_second"])
+    what = "scratchpad problems a second over what is aimed at (4,000 mazes of 6 x 6, 600 of 16 x 16, 1,500 cycles)"
+    write_bench(args.out / "scratchpad_rates.json", comparison("scratchpad_rates", what, share, "", ">=", 1.0, details))
+
+
+if __name__ == "__main__":
+    main()

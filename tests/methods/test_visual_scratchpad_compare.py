@@ -1,0 +1,55 @@
+"""Figures over the runs of a campaign: the runs are found, tested elsewhere, and left as they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from zoo.api import run
+from zoo.methods.visual_scratchpad.compare import difficulty_figure, finished_runs, main, newest_checkpoint
+
+
+def test_the_newest_checkpoint_is_the_one_with_the_most_steps(tmp_path: Path) -> None:
+    folder = tmp_path / "none" / "0"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").touch()
+    for step in (90, 800, 110):
+        (folder / "checkpoints" / f"step={step}.ckpt").touch()
+    (tmp_path / "half" / "0").mkdir(parents=True)
+    assert finished_runs(tmp_path) == {"none": {"0": folder}}
+    assert newest_checkpoint(folder).name == "step=800.ckpt"
+
+
+def test_a_folder_without_runs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--runs", str(tmp_path)])
+    assert "there is no run with a checkpoint" in capsys.readouterr().err
+
+
+def test_the_median_and_the_range_of_the_seeds_are_drawn() -> None:
+    levels = [{"5": [0.5, 10], "6": [right, 10]} for right in (0.4, 0.9, 0.6)]
+    curve = [{"samples": 64.0, "id": 0.5, "ood": 0.4}, {"samples": 128.0, "id": 0.7, "ood": 0.6}]
+    seeds = {str(i): {"by_difficulty": one, "curve": curve, "trained_on": [5, 5]} for i, one in enumerate(levels)}
+    left, right = difficulty_figure({"inductive": seeds}).axes
+    assert left.lines[0].get_xydata().tolist() == [[5, 0.5], [6, 0.6]]
+    assert len(right.lines) == 2 * 3 + 1, "two loaders of three seeds, and chance"
+
+
+def test_runs_are_tested_again_and_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    done = run("fit", config="visual_scratchpad/smoke", run_dir=tmp_path / "runs/inductive/0", wandb="disabled")
+    before = {path: path.stat().st_mtime_ns for path in done.run_dir.rglob("*") if path.is_file()}
+    main(["--runs", "runs", "--output", "out/figures"])
+    after = {path: path.stat().st_mtime_ns for path in done.run_dir.rglob("*") if path.is_file()}
+    assert after == before
+    measured = json.loads(Path("out/figures_compare.json").read_text())["inductive"]["0"]
+    assert measured["trained_on"] == [3, 5]
+    assert set(measured["by_difficulty"]) <= {"3", "4", "5", "6", "7", "8"}
+    assert sum(count for _, count in measured["by_difficulty"].values()) == 128, "both test sets"
+    assert measured["curve"], "the learning curve comes from the checkpoint"
+    assert Path("out/figures_difficulty.png").exists()
+    assert Path("out/figures_rollouts.png").exists()

@@ -1,0 +1,152 @@
+"""Figures over the runs of a campaign: sketches, accuracy against difficulty and against samples seen.
+
+`python -m zoo.methods.visual_scratchpad.compare --runs runs/reproduce/visual_scratchpad/cpu` tests the newest
+checkpoint of every run `<runs>/<name>/<seed>` again and writes `<output>_difficulty.png`, `<output>_rollouts.png` and
+`<output>_compare.json`. The runs are only read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from zoo.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Run -> seed -> what was measured.
+Measured = dict[str, dict[str, dict[str, Any]]]
+
+
+def finished_runs(root: Path) -> dict[str, dict[str, Path]]:
+    """Return the directories `root/<name>/<seed>` that hold a checkpoint, by name and seed.
+
+    Raises:
+        UsageError: If there are none.
+    """
+    found: dict[str, dict[str, Path]] = {}
+    for folder in sorted(root.glob("*/*")):
+        if (folder / "config.yaml").is_file() and list((folder / "checkpoints").glob("*.ckpt")):
+            found.setdefault(folder.parent.name, {})[folder.name] = folder
+    if not found:
+        raise UsageError(f"--runs {root}: there is no run with a checkpoint in it", "zoo reproduce visual_scratchpad")
+    return found
+
+
+def newest_checkpoint(run_dir: Path) -> Path:
+    """Return the checkpoint with the most steps."""
+    return max((run_dir / "checkpoints").glob("*.ckpt"), key=lambda path: int(path.stem.rpartition("=")[2]))
+
+
+def measure(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Test a run again, elsewhere; returns accuracies by difficulty and the learning curve, and the sketches."""
+    from zoo.api import run
+
+    with tempfile.TemporaryDirectory() as elsewhere:
+        config = Path(elsewhere, "config.yaml")
+        config.write_text((run_dir / "config.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+        done = run(
+            "test",
+            config=config,
+            overrides={"ckpt_path": str(newest_checkpoint(run_dir).absolute())},
+            run_dir=Path(elsewhere, "run"),
+            wandb="disabled",
+        )
+    evaluation = done.model.evaluation
+    data = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))["data"]["init_args"]
+    levels = {str(level): list(value) for level, value in evaluation.by_difficulty().items()}
+    facts = {"by_difficulty": levels, "curve": evaluation.curve, "trained_on": data["train_difficulty"]}
+    return facts, evaluation._strips
+
+
+def difficulty_figure(measured: Measured) -> Figure:
+    """Accuracy against difficulty, median of the seeds, and against samples seen, every seed; one colour for a run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, (name, seeds) in enumerate(measured.items()):
+        colour = f"C{number}"
+        levels = sorted({int(level) for one in seeds.values() for level in one["by_difficulty"]})
+        values = [sorted(one["by_difficulty"][str(level)][0] for one in seeds.values()) for level in levels]
+        left.plot(levels, [row[len(row) // 2] for row in values], color=colour, marker="o", ms=3, label=name)
+        left.fill_between(levels, [row[0] for row in values], [row[-1] for row in values], color=colour, alpha=0.2)
+        for one in seeds.values():
+            for key, style in (("id", "-"), ("ood", "--")):
+                points = [(point["samples"], point[key]) for point in one["curve"] if key in point]
+                if points:
+                    right.plot(*zip(*points, strict=True), color=colour, linestyle=style, marker=".")
+    low, high = next(iter(next(iter(measured.values())).values()))["trained_on"]
+    left.axvspan(low - 0.5, high + 0.5, color="grey", alpha=0.15, label="trained on")
+    left.set(xlabel="difficulty", ylabel="accuracy", title="median of the seeds, least and largest")
+    right.set(xlabel="samples seen", ylabel="validation accuracy", title="each seed; dashed: out of distribution")
+    for axis in (left, right):
+        axis.axhline(0.5, color="grey", linestyle=":")
+        axis.set_ylim(0, 1.05)
+    left.legend(fontsize=8)
+    return figure
+
+
+def rollout_figure(strips: Mapping[str, Any]) -> Figure:
+    """Two problems of each kind: what the network drew above the truth."""
+    from matplotlib.figure import Figure
+
+    rows = [
+        (f"{name}\n{title}", pictures[row])
+        for name, pair in strips.items()
+        for row in (0, 1)
+        for title, pictures in zip(("drawn", "true"), pair, strict=True)
+    ]
+    columns = max(len(pictures) for _, pictures in rows)
+    figure = Figure(figsize=(columns + 1, len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (title, pictures) in zip(axes, rows, strict=True):
+        for axis in line:
+            axis.set_axis_off()
+        for axis, picture in zip(line, pictures, strict=False):
+            axis.set_axis_on()
+            axis.set(xticks=[], yticks=[])
+            axis.imshow(picture.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+        line[0].set_ylabel(title, fontsize=7)
+    axes[0][0].set_title("question", fontsize=8)
+    return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Test the runs again and write the figures."""
+    parser = argparse.ArgumentParser(
+        prog="python -m zoo.methods.visual_scratchpad.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/reproduce/visual_scratchpad/cpu"))
+    parser.add_argument("--output", type=Path, default=Path("results/visual_scratchpad"), help="how the files begin")
+    options = parser.parse_args(arguments)
+    try:
+        found = finished_runs(options.runs)
+    except UsageError as error:
+        parser.error(str(error))
+    measured: Measured = {}
+    strips: dict[str, Any] = {}
+    for name, seeds in found.items():
+        for seed, run_dir in seeds.items():
+            measured.setdefault(name, {})[seed], pictures = measure(run_dir)
+            for loader, pair in pictures.items():
+                strips.setdefault(f"{name} {loader}", pair)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    path = str(options.output)
+    difficulty_figure(measured).savefig(f"{path}_difficulty.png", dpi=100)
+    rollout_figure(strips).savefig(f"{path}_rollouts.png", dpi=80)
+    Path(f"{path}_compare.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {path}_difficulty.png, {path}_rollouts.png, {path}_compare.json")
+
+
+if __name__ == "__main__":
+    main()
