@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from zoo import registry
 from zoo.config import load_layers, shipped_configs
 from zoo.errors import UsageError, did_you_mean
 from zoo.options import parse_options
@@ -16,11 +18,15 @@ DESCRIPTION = """\
 Train a config for a moment, with everything that `zoo fit` does except validation and checkpoints, and interrupt it for
 blocks of a plain PyTorch loop over a copy of its module and the same data. Prints and writes throughput, step times,
 waiting for data, what the Trainer costs, and memory. Further options change the config, as for `zoo fit`.
+`zoo bench NAME --grid GRID` and `--plan PLAN` are for methods that measure grids of configurations (slm_bottlenecks);
+`zoo bench slm_bottlenecks --grid --help` explains them.
 """
 
 
 def main(argv: list[str]) -> int:
     """Measure one config and write `NAME.json` (`NAME.gpu.json` on a GPU) into the results folder."""
+    if any(word.partition("=")[0] in ("--grid", "--plan") for word in argv):
+        return grid_command(argv)
     parser = argparse.ArgumentParser(prog="zoo bench", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("name", help="a method")
     parser.add_argument(
@@ -48,6 +54,22 @@ def main(argv: list[str]) -> int:
     write_bench(path, content)
     print(f"written: {path}")
     return 0
+
+
+def grid_command(argv: list[str]) -> int:
+    """Let the method measure a grid of configurations itself: its module `bench`, which lies beside `module`.
+
+    Raises:
+        UsageError: If no method is named, or it has no grids.
+    """
+    names = [word for word in argv if not word.startswith("-")]
+    if not names or argv[0] != names[0]:
+        raise UsageError("bench: the method comes first", "zoo bench slm_bottlenecks --grid GRID.yaml")
+    entry = registry.find("methods", names[0])
+    module = f"{entry.value.partition(':')[0].rpartition('.')[0]}.bench"
+    if registry.source_path(module) is None:
+        raise UsageError(f"bench: {names[0]!r} has no grids", "zoo bench NAME measures one config; zoo bench --help")
+    return int(importlib.import_module(module).main(argv[1:]) or 0)
 
 
 def default_config(name: str) -> str:

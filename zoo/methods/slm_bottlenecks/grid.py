@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import os
 import statistics
@@ -15,6 +16,7 @@ from zoo.errors import UsageError, did_you_mean
 from zoo.methods.slm_bottlenecks import costs
 from zoo.methods.slm_bottlenecks.costs import GIB, SIZES, Shape
 from zoo.methods.slm_bottlenecks.measure import Cell, Effort, run_cell
+from zoo.runs import write_atomically
 
 #: Columns of the table, in order.
 COLUMNS = (
@@ -24,6 +26,12 @@ COLUMNS = (
 )  # fmt: skip
 #: Rows that stand; the others are measured again.
 FINAL = ("ok", "oom", "unsupported")
+#: Plain values of a grid: type, least value, what is accepted in words.
+_PLAIN = {
+    "repeats": ("int", 1, "a whole number, 1 or more"),
+    "max_memory_gib": ("float", 0, "a number, 0 for the data sheet's"),
+    "force": ("bool", False, "true or false"),
+}
 _KEYS = ("axes", "sizes", "effort", "repeats", "gpu", "prices", "unit", "max_memory_gib", "force")
 
 
@@ -112,9 +120,9 @@ def expand(axes: Mapping[str, Any], where: str) -> list[Cell]:
             raise _reject(where, "axes", key, did_you_mean(str(key), known))
         lists[key] = list(value) if isinstance(value, list | tuple) else [value]
         for item in lists[key]:
-            kind: type = {"str": str, "int": int, "bool": bool}[str(known[key].type)]
-            if type(item) is not kind or (isinstance(item, int) and kind is int and item < (key != "loss_chunks")):
-                raise _reject(where, f"axes.{key}", item, f"accepted: values of type {known[key].type}, positive")
+            kind = str(known[key].type)
+            if not _is(item, kind) or (kind == "int" and item < (key != "loss_chunks")):
+                raise _reject(where, f"axes.{key}", item, f"accepted: values of type {kind}, positive")
             if key in allowed and item not in allowed[key]:
                 raise _reject(where, f"axes.{key}", item, did_you_mean(str(item), allowed[key]))
     if "size" not in lists:
@@ -129,13 +137,42 @@ def expand(axes: Mapping[str, Any], where: str) -> list[Cell]:
     return kept
 
 
-def read_grid(content: Any, where: str, **changes: Any) -> Grid:
+def _is(value: Any, kind: str) -> bool:
+    """Whether a value read from YAML has the type of a field."""
+    if kind == "float":
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value).__name__ == kind
+
+
+def read_effort(given: Any, where: str) -> Effort:
+    """Read how long a cell is measured.
+
+    Raises:
+        UsageError: If a value is not accepted.
+    """
+    known = {f.name: str(f.type) for f in fields(Effort)}
+    least = {"steps": 1, "timeout": 1}
+    choices = {"device": ("cpu", "cuda"), "clock": ("wall", "cpu")}
+    if not isinstance(given, Mapping):
+        raise _reject(where, "effort", given, "accepted: {steps: 10, warmup: 3}")
+    for key, value in given.items():
+        if key not in known:
+            raise _reject(where, "effort", key, did_you_mean(str(key), known))
+        if key in choices and value not in choices[key]:
+            raise _reject(where, f"effort.{key}", value, f"accepted: {', '.join(choices[key])}")
+        if key not in choices and (not _is(value, known[key]) or value < least.get(key, 0)):
+            raise _reject(where, f"effort.{key}", value, f"accepted: {known[key]}, {least.get(key, 0)} or more")
+    return Effort(**given)
+
+
+def read_grid(content: Any, where: str, here: bool = True, **changes: Any) -> Grid:
     """Read a grid from plain values.
 
     Args:
         content: A mapping with `axes` (option of `Cell` -> list of values) and, where they differ from the defaults,
             `sizes`, `effort`, `repeats`, `gpu`, `prices`, `unit`, `max_memory_gib`, `force`.
         where: File or option that it comes from, for errors.
+        here: Whether the grid will be measured on this machine. Otherwise its device need not be there.
         changes: Replace values of `content`.
 
     Raises:
@@ -152,23 +189,19 @@ def read_grid(content: Any, where: str, **changes: Any) -> Grid:
     for cell in cells:
         if cell.size not in shapes:
             raise _reject(where, "axes.size", cell.size, did_you_mean(cell.size, shapes))
-    efforts = [f.name for f in fields(Effort)]
-    for key in content.get("effort") or {}:
-        if key not in efforts:
-            raise _reject(where, "effort", key, did_you_mean(str(key), efforts))
-    effort = Effort(**(content.get("effort") or {}))
-    if effort.device not in ("cpu", "cuda"):
-        raise _reject(where, "effort.device", effort.device, "accepted: cpu, cuda")
-    if effort.clock not in ("wall", "cpu"):
-        raise _reject(where, "effort.clock", effort.clock, "accepted: wall, cpu")
+    effort = read_effort(content.get("effort") or {}, where)
     if effort.clock == "cpu" and (effort.device, effort.threads, max(c.n_gpu for c in cells)) != ("cpu", 1, 1):
         raise _reject(where, "effort.clock", "cpu", "it goes with device cpu, threads 1 and n_gpu 1")
-    gpu = content.get("gpu") or this_device(effort.device, where)
+    for key, (kind, least, accepted) in _PLAIN.items():
+        if key in content and (not _is(content[key], kind) or content[key] < least):
+            raise _reject(where, key, content[key], f"accepted: {accepted}")
+    gpu = content.get("gpu") or (this_device(effort.device, where) if here else "")
     prices = {**costs.PAPER_RATIOS, "cpu": 1.0} if content.get("prices") is None else dict(content["prices"])
     unit = content.get("unit", "ratio" if content.get("prices") is None else "usd")
     try:
-        costs.tokens_per_dollar(1.0, 1, costs.price_of(gpu, prices), unit)
-    except ValueError as error:
+        for name in [gpu] if gpu else prices:
+            costs.tokens_per_dollar(1.0, 1, costs.price_of(name, prices), unit)
+    except (TypeError, ValueError) as error:
         raise UsageError(
             f"{where}: {error}", "prices: {NAME: dollars an hour}, or gpu: NAME of one that has"
         ) from error
@@ -193,15 +226,17 @@ def this_device(kind: str, where: str) -> str:
 
 
 def fill_row(cell: Cell, grid: Grid, repeat: int, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Make a row of the table from what `run_cell` has returned; without a time all speeds are 0."""
+    """Make a row of the table from what `run_cell` has returned; without a time all speeds are 0.
+
+    A processor has no MFU, whatever name its price goes by.
+    """
     shape, row = grid.shapes[cell.size], dict.fromkeys(COLUMNS)
     tokens = cell.batch * cell.seq_len
     flops = costs.flops_per_token(shape, cell.seq_len)
-    price = costs.price_of(grid.gpu, grid.prices)
     known = {key: value for key, value in result.items() if key in COLUMNS}
-    row |= {**asdict(cell), "gpu": grid.gpu, "repeat": repeat, "price": price, **known, **_versions()}
+    row |= {**asdict(cell), "gpu": grid.gpu, "repeat": repeat, **known, **_versions()}
     row["mem_estimate_gib"] = grid.estimate(cell) / GIB
-    row |= dict.fromkeys(("tok_s_device", "tok_s_global", "tok_s_best", "tokens_per_dollar"), 0.0)
+    row |= dict.fromkeys(("tok_s_device", "tok_s_global", "tok_s_best"), 0.0)
     if result["status"] == "ok":
         steps = result["step_seconds"]
         device = costs.tokens_per_second(tokens * len(steps), result["seconds"])
@@ -213,10 +248,16 @@ def fill_row(cell: Cell, grid: Grid, repeat: int, result: Mapping[str, Any]) -> 
             "step_ms_std": 1e3 * (statistics.stdev(steps) if len(steps) > 1 else 0.0),
             "step_ms_p50": 1e3 * statistics.median(steps),
             "tflops_device": device * flops / 1e12,
-            "mfu": costs.mfu(device, flops, grid.gpu, cell.precision),
-            "tokens_per_dollar": costs.tokens_per_dollar(device * cell.n_gpu, cell.n_gpu, price, grid.unit),
+            "mfu": costs.mfu(device, flops, grid.gpu, cell.precision) if grid.effort.device == "cuda" else None,
         }
-    return row
+    return priced(row, grid)
+
+
+def priced(row: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
+    """Return a row with the prices of a grid."""
+    price = costs.price_of(grid.gpu, grid.prices)
+    dollar = costs.tokens_per_dollar(row["tok_s_global"], row["n_gpu"], price, grid.unit)
+    return {**row, "price": price, "tokens_per_dollar": dollar}
 
 
 def _versions() -> dict[str, str]:
@@ -238,7 +279,8 @@ def run_grid(
 
     Args:
         grid: The grid.
-        path: CSV file that takes each row as soon as it is measured and is read at the start; None keeps no file.
+        path: CSV file that takes each row as soon as it is measured and is read at the start; None keeps no file. Its
+            rows of other cells and devices stay.
         report: Is told each new row.
         run: What measures a cell.
 
@@ -256,9 +298,11 @@ def run_grid(
             f"{grid.limit_bytes / GIB:.3g} GiB",
             "smaller sizes or batches, or force (--force) to try nevertheless",
         )
-    rows = {(cell_of(row), row["repeat"]): row for row in (read_rows(path) if path else []) if row["status"] in FINAL}
+    rows: dict[tuple[Cell, int], dict[str, Any]] = {}
     if path is not None:
-        write_rows(path, rows.values())
+        kept = [row for row in read_rows(path) if row["status"] in FINAL]
+        write_rows(path, kept)  # also mends the half line that a kill has left
+        rows = {(cell_of(row), row["repeat"]): priced(row, grid) for row in kept if row["gpu"] == grid.gpu}
     for repeat in range(grid.repeats):
         for cell in grid.cells:
             if (cell, repeat) in rows:
@@ -315,7 +359,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Add a row to a table at once."""
     with path.open("a", encoding="utf-8", newline="") as file:
-        csv.DictWriter(file, COLUMNS).writerow(row)
+        csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
         file.flush()
         os.fsync(file.fileno())
 
@@ -332,10 +376,11 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             raise UsageError(f"{path}: parquet needs the extra data", "pip install 'method-zoo[data]'") from error
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
         return
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
 
 
 def value_of(rows: Sequence[Mapping[str, Any]], column: str, **where: Any) -> float:

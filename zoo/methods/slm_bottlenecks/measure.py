@@ -224,7 +224,6 @@ def device_memory(device: torch.device) -> dict[str, float | None]:
 
 def _rank(cell: Cell, shape: Shape, effort: Effort, rank: int, port: int, answer: Connection) -> None:
     """Entry of a process."""
-    # several processes on CUDA devices would write into each other's lines
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
     try:
         if cell.comm != "single":

@@ -118,7 +118,7 @@ class SLMBottlenecks(LightningModule):
         self.grid: Grid | None = None
         if grid is not None:
             try:
-                self.grid = read_grid(grid, "grid")
+                self.grid = read_grid(grid, "grid", here=False)  # the device is looked for when it is measured
             except UsageError as error:
                 raise ValueError(str(error)) from error
         self.net = CausalLM(self.shape, attention, loss_chunks, checkpointing)
@@ -195,9 +195,10 @@ class SLMBottlenecks(LightningModule):
     def run_study(self) -> dict[str, float]:
         """Measure the grid (what a killed test has measured is taken over) and return the numbers of the study."""
         study = STUDIES[self.hparams["study"]]
-        if self.grid is None:
+        if self.hparams["grid"] is None:
             self.rows = published_rows()
             return study(self.rows, Grid((), {}))
+        self.grid = read_grid(self.hparams["grid"], "grid")
         self.rows = run_grid(self.grid, Path(self.trainer.default_root_dir) / "cells.csv")
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger):

@@ -25,6 +25,19 @@ def attention_kernel(attention: str) -> AbstractContextManager[None]:
     return sdpa_kernel(_KERNELS[attention]) if attention in _KERNELS else nullcontext()
 
 
+def register_unmasked() -> str:
+    """Register `scaled_dot_product_attention` under a name for which `transformers` makes no mask, and return it.
+
+    All sequences are whole. For `sdpa` it looks for packed ones, which waits for the device in every step, and in a
+    compiled model it makes a mask in any case, with which the fused kernels cannot work.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register("zoo_unmasked", sdpa_attention_forward)
+    return "zoo_unmasked"
+
+
 class CausalLM(nn.Module):
     """Llama of `transformers` whose forward pass is the loss.
 
@@ -59,9 +72,11 @@ class CausalLM(nn.Module):
                 "tie_word_embeddings": False,
             }
         ).train()
-        self.lm.set_attn_implementation("eager" if attention == "eager" else "sdpa")
+        self.lm.set_attn_implementation("eager" if attention == "eager" else register_unmasked())
         if checkpointing:
-            self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5 calls it so, earlier releases knew the other name alone
+            new = getattr(self.lm, "activation_checkpointing_enable", None)
+            (new or self.lm.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         """Last hidden states `[B, T, D]`, normalised, of tokens `[B, T]`."""
