@@ -19,10 +19,9 @@ class PerplexityBatch(TypedDict):
     """int64 `[B, K, S]`, padded on the right."""
     attention_mask: Tensor
     """bool `[B, K, S]`, true on tokens."""
-    is_negative: Tensor
-    """bool `[K]`."""
-    is_random: Tensor
-    """bool `[K]`: negatives that belong to another anchor."""
+    sizes: list[int]
+    """`[p, n, r]`: positives, hard negatives and random negatives, in this order along `K`; plain numbers, so that
+    taking the sentences apart makes no accelerator wait."""
     anchor_id: Tensor
     """int64 `[B]`."""
 
@@ -135,12 +134,10 @@ class SetBatches(Batches):
             parts.append(neg.take(others, item))
         length = torch.cat([part[1] for part in parts], dim=1)
         rows, longest = self.rows(len(anchors)), int(length.max())
-        kind = torch.arange(length.shape[1])
         return {
             "input_ids": torch.cat([part[0][:, :, :longest] for part in parts], dim=1)[rows],
             "attention_mask": right_mask(length, longest)[rows],
-            "is_negative": kind >= self.positives,
-            "is_random": kind >= self.positives + self.negatives,
+            "sizes": [self.positives, self.negatives, self.random_negatives],
             "anchor_id": anchors[rows],
         }
 
@@ -176,8 +173,7 @@ class CorpusBatches(Batches):
         return {
             "input_ids": tokens[rows, None],
             "attention_mask": right_mask(length, tokens.shape[1])[rows, None],
-            "is_negative": torch.zeros(1, dtype=torch.bool),
-            "is_random": torch.zeros(1, dtype=torch.bool),
+            "sizes": [1, 0, 0],
             "anchor_id": torch.arange(first, first + self.batch_size)[rows],
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,13 @@ from zoo.methods.contrastive_perplexity.losses import (
     prototype,
     simpo_loss,
 )
-from zoo.methods.contrastive_perplexity.networks import adapters_off, build_network, load_base, sentence_logprobs
+from zoo.methods.contrastive_perplexity.networks import (
+    adapters_off,
+    build_network,
+    load_base,
+    merge_adapters,
+    sentence_logprobs,
+)
 from zoo.nn.distributed import all_reduce_sum
 from zoo.nn.optim import decay_groups
 from zoo.nn.pretrained import read_weights
@@ -58,7 +65,8 @@ class ContrastivePerplexity(LightningModule):
         tau: Temperature.
         tau_mode: `cancel`: as printed, where it has no effect. `inside`: it divides the distance.
         alpha: Weight of the negatives; for `official` a number that is added to their logits (100 there).
-        distance: `absolute`, or `one_sided` so that no negative is made more likely (not of the paper).
+        distance: `absolute`, or `one_sided` so that no negative is made more likely (not of the paper; not for
+            `official`).
         prototype: Mean over the positives of an anchor (`per_anchor`) or of the batch (`batch`, the released code).
         detach_prototype: Whether no gradient flows through the prototype.
         lambda_lm: Weight of the positives' negative log-likelihood beside the contrastive loss (not of the paper).
@@ -156,13 +164,15 @@ class ContrastivePerplexity(LightningModule):
         ):
             if number < 0:
                 raise ValueError(f"{key}: {number} is not accepted; accepted: 0 or more")
+        if objective == "official" and distance == "one_sided":
+            raise ValueError("distance: 'one_sided' does not go with objective 'official'; accepted: absolute")
         check_sampling(temperature, 0, top_p)
         self.save_hyperparameters()
         adapters = (lora_rank, lora_alpha, lora_dropout, lora_targets or ())
         self.lm = build_network(lm, vocab_size, *adapters, four_bit, gradient_checkpointing)
         # with adapters the reference is the model without them
         copied = objective == "dpo" and not lora_rank
-        self.reference = copy.deepcopy(self.lm).eval().requires_grad_(False) if copied else None
+        self.reference = copy.deepcopy(self.lm).requires_grad_(False) if copied else None
         self.register_buffer("sums", torch.zeros(2, 2), persistent=False)
         self.curve: list[dict[str, float]] = []
         self._sentences: dict[str, list[Tensor]] = {}
@@ -175,13 +185,20 @@ class ContrastivePerplexity(LightningModule):
                 load_base(model, weights)
 
     def on_train_start(self) -> None:
-        """Check the sign before the first step."""
-        batches = min(self.hparams["sign_check_batches"], len(self.trainer.train_dataloader or ()))
-        if self.hparams["objective"] in CONTRASTIVE and self.global_step == 0 and batches:
-            self.check_sign([self.trainer.train_dataloader.dataset[0, index] for index in range(batches)])  # type: ignore[union-attr]
+        """Check the sign before the first step; the reference has no dropout."""
+        if self.reference is not None:
+            self.reference.eval()
+        count = self.hparams["sign_check_batches"]
+        if count == 0 or self.hparams["objective"] not in CONTRASTIVE or self.global_step:
+            return
+        loader: Any = self.trainer.train_dataloader
+        if hasattr(loader.dataset, "batch"):  # batches by number, so that the loader's position stays what it is
+            self.check_sign([loader.dataset[0, index] for index in range(min(count, len(loader)))])
+        else:
+            self.check_sign(list(itertools.islice(loader, count)))
 
     @torch.no_grad()
-    def check_sign(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    def check_sign(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """Refuse to start where negatives are more likely than positives: they would be made more likely still.
 
         Raises:
@@ -192,7 +209,8 @@ class ContrastivePerplexity(LightningModule):
         for batch in batches:
             on_device = self.transfer_batch_to_device(batch, self.device, 0)
             l, _ = self.log_perplexities(on_device)  # noqa: E741 - the letter of the equations
-            for row, part in enumerate(self.parts(l, on_device)[:2]):
+            l_pos, *l_neg = self.parts(l, on_device)
+            for row, part in enumerate((l_pos, torch.cat(l_neg, dim=1))):
                 total[row] += torch.stack([part.sum(), torch.tensor(float(part.numel()), device=self.device)])
         self.lm.train()
         pos, neg = (total := all_reduce_sum(total))[:, 0] / total[:, 1]
@@ -206,7 +224,7 @@ class ContrastivePerplexity(LightningModule):
 
     # -- training ---------------------------------------------------------------------------------------------------
 
-    def log_perplexities(self, batch: Mapping[str, Tensor], model: Any = None) -> tuple[Tensor, Tensor]:
+    def log_perplexities(self, batch: Mapping[str, Any], model: Any = None) -> tuple[Tensor, Tensor]:
         """Log-perplexity `[B, K]` of every sentence of a batch of sets, and its number of predicted tokens."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
         logprobs, counts = sentence_logprobs(
@@ -216,10 +234,10 @@ class ContrastivePerplexity(LightningModule):
         return l.view(ids.shape[:2]), counts.sum(dim=1).view(ids.shape[:2])
 
     @staticmethod
-    def parts(l: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:  # noqa: E741
+    def parts(l: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:  # noqa: E741
         """Split `[B, K]` into positives `[B, p]`, hard negatives `[B, n]` and random negatives `[B, r]`."""
-        negative, random = batch["is_negative"], batch["is_random"]
-        return l[:, ~negative], l[:, negative & ~random], l[:, random]
+        pos, neg, random = l.split(batch["sizes"], dim=1)
+        return pos, neg, random
 
     def contrastive(self, l_pos: Tensor, l_neg: Tensor, l_random: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the method from the log-perplexities of the three parts, and what to watch."""
@@ -235,7 +253,7 @@ class ContrastivePerplexity(LightningModule):
         watched = {"contrastive": loss, "frac_neg_below_prototype": (all_neg < c).float().mean()}
         return loss + hp["lambda_lm"] * l_pos.mean() if hp["lambda_lm"] else loss, watched
 
-    def preference(self, batch: Mapping[str, Tensor], l: Tensor, tokens: Tensor) -> Tensor:  # noqa: E741
+    def preference(self, batch: Mapping[str, Any], l: Tensor, tokens: Tensor) -> Tensor:  # noqa: E741
         """DPO or SimPO on the pairs of k-th positive and k-th negative."""
         hp = self.hparams
         l_pos, l_neg, _ = self.parts(l, batch)
@@ -251,7 +269,7 @@ class ContrastivePerplexity(LightningModule):
         (pi_pos, pi_neg, _), (ref_pos, ref_neg, _) = (self.parts(-x * tokens, batch) for x in (l, ref))
         return dpo_loss(pi_pos[:, :pairs], pi_neg[:, :pairs], ref_pos[:, :pairs], ref_neg[:, :pairs], hp["beta"])
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """One forward pass over all sentences of all anchors, then the objective on their perplexities."""
         l, tokens = self.log_perplexities(batch)  # noqa: E741 - the letter of the equations
         l_pos, l_neg, l_random = self.parts(l, batch)
@@ -290,6 +308,13 @@ class ContrastivePerplexity(LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def merged(self) -> Any:
+        """Return a copy of the language model with its adapters merged into the weights, to be saved or served.
+
+        `merged().save_pretrained(folder)` writes what `transformers` loads again.
+        """
+        return merge_adapters(copy.deepcopy(self.lm)).eval()
+
     # -- evaluation -------------------------------------------------------------------------------------------------
 
     def generate(self, prompt_ids: Tensor, prompt_mask: Tensor, generator: torch.Generator | None = None) -> Samples:
@@ -314,7 +339,7 @@ class ContrastivePerplexity(LightningModule):
 
     on_test_epoch_start = on_validation_epoch_start
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sum the negative log-likelihood of held-out documents, wanted ones in the first loader."""
         logprobs, counts = sentence_logprobs(
             self.lm, batch["input_ids"], batch["attention_mask"], self.hparams["head_chunk"]
@@ -345,7 +370,7 @@ class ContrastivePerplexity(LightningModule):
         """Log perplexities."""
         self._log_perplexities("test")
 
-    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Samples:
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Samples:
         """Continue prompts."""
         return self.generate(batch["prompt_ids"], batch["prompt_mask"])
 

@@ -44,15 +44,20 @@ def build_network(
         )
     model = load_four_bit(lm) if four_bit else build_lm(lm, vocab_size)  # type: ignore[arg-type]
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # the first name came with transformers 5, the second goes with 6
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if lora_rank:
         from peft import LoraConfig, inject_adapter_in_model
 
+        targets = list(lora_targets) or linear_names(model)
+        chosen = [part for name, part in model.named_modules() if name.rpartition(".")[2] in targets]
         config = LoraConfig(
             r=lora_rank,
             lora_alpha=lora_alpha,  # type: ignore[arg-type]
             lora_dropout=lora_dropout,
-            target_modules=list(lora_targets) or linear_names(model),
+            target_modules=targets,
+            fan_in_fan_out=all(type(part).__name__ == "Conv1D" for part in chosen),  # GPT-2 transposes its weights
         )
         model = inject_adapter_in_model(config, model)
     return model.train()
@@ -91,10 +96,12 @@ def load_four_bit(name: str) -> Any:
 
 @contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """Use the model as it was before its adapters."""
+    """Use the model as it was before its adapters, without dropout."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
+    training = model.training
+    model.eval()
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -102,6 +109,20 @@ def adapters_off(model: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+        model.train(training)
+
+
+def merge_adapters(model: Any) -> Any:
+    """Merge adapters into the layers that they sit at, in place, and return the model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    model.__dict__.pop("peft_config", None)
+    return model
 
 
 def load_base(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
