@@ -21,6 +21,7 @@ from callbacks.text_scorers import (
     read_words,
     word_cosine,
 )
+from callbacks.text_sources import TextSource, load_source
 from zoo import keyed_generator
 from zoo.nn.distributed import all_reduce_sum, rank, world_size
 
@@ -54,7 +55,8 @@ class ControlledGeneration(Callback):
         label: Index of the unwanted class of a classifier.
         samples: Continuations of each prompt.
         similarity: `words` (cosine of word counts) or an encoder of `transformers`; unused where the data judge it.
-        source: Checkpoint of a run of the method whose output is rewritten, None for none.
+        source: Model whose output is rewritten: a checkpoint of a run of the method (`.ckpt`), or a path or name of a
+            model of `transformers`; None for none.
         source_template: What the module is given of it; `{text}` stands for the text.
         every_n_validations: Measure after each n-th validation; tests always do.
         keep: Prompts whose continuations are written down.
@@ -125,15 +127,14 @@ class ControlledGeneration(Callback):
         """Generate, measure, log, and return what was logged; every process takes whole batches of prompts in turn."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         batches = data.prompt_batches(stage)
-        source = type(pl_module).load_from_checkpoint(self.source, map_location="cpu") if self.source else None
-        if source is not None:
-            source.to(pl_module.device).eval()
+        source = load_source(self.source, pl_module) if self.source else None
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
         kept: list[dict[str, Any]] = []
         for index in range(rank(), len(batches), world_size()):
             batch = pl_module.transfer_batch_to_device(batches.batch(0, index), pl_module.device, 0)
-            prompts = data.decode(batch["prompt_ids"])
-            texts = self._continue(pl_module, data, batch["prompt_ids"], batch["prompt_mask"], index)
+            ids, mask = batch["prompt_ids"], batch["prompt_mask"]
+            generator = self._generator(ids.device, "generation", index)
+            prompts, texts = data.decode(ids), self._continue(pl_module, data, ids, mask, generator)
             unwanted = batch["prompt_is_unwanted"].cpu()
             for suffix, rows in (("", unwanted), ("_after_wanted", ~unwanted)):
                 chosen = torch.nonzero(rows)[:, 0].tolist()
@@ -147,32 +148,36 @@ class ControlledGeneration(Callback):
                     if stage == "test":
                         kept += [{"prompt": p, "continuations": t} for p, t in zip(of, written, strict=True)]
             if source is not None and unwanted.any():
-                rows = unwanted.to(batch["prompt_ids"].device)
-                self._rewrite(
-                    totals, pl_module, source, data, batch["prompt_ids"][rows], batch["prompt_mask"][rows], index
-                )
+                there = batch["prompt_is_unwanted"]
+                self._rewrite(totals, pl_module, source, data, ids[there], mask[there], index)
         if stage == "test" and rank() == 0:
             self._write(Path(trainer.default_root_dir), kept[: self.keep], self.tools(data)[1])
         return self._log(pl_module, stage, totals, data)
 
+    def _generator(self, device: torch.device, purpose: str, key: int) -> torch.Generator:
+        """A stream of random numbers of its own for each batch of prompts, the same in every evaluation."""
+        return torch.Generator(device).manual_seed(keyed_generator(self.seed, purpose, key).initial_seed())
+
     def _continue(
-        self, model: Any, data: Any, ids: Tensor, mask: Tensor, key: int, samples: int | None = None
+        self, model: Any, data: Any, ids: Tensor, mask: Tensor, generator: torch.Generator
     ) -> list[list[str]]:
-        """`samples` continuations of each prompt, from a stream of random numbers of their own."""
-        k = samples or self.samples
-        seed = keyed_generator(self.seed, "generation", key).initial_seed()
-        generator = torch.Generator(ids.device).manual_seed(seed)
+        """`samples` continuations of each prompt."""
+        k = self.samples
         written = model.generate(ids.repeat_interleave(k, dim=0), mask.repeat_interleave(k, dim=0), generator)
         texts = data.decode(written.tokens)
         return [texts[i : i + k] for i in range(0, len(texts), k)]
 
-    def _rewrite(self, totals: Any, model: Any, source: Any, data: Any, ids: Tensor, mask: Tensor, key: int) -> None:
+    def _rewrite(
+        self, totals: Any, model: Any, source: TextSource, data: Any, ids: Tensor, mask: Tensor, key: int
+    ) -> None:
         """Black-box use: the source continues the prompts, the model rewrites what the source wrote."""
-        written = [row[0] for row in self._continue(source, data, ids, mask, key, samples=1)]
-        self._measure(totals, data, data.decode(ids), [[text] for text in written], "source_", "")
+        prompts = data.decode(ids)
+        written = source(ids, mask, prompts, data, self._generator(ids.device, "source", key))
+        self._measure(totals, data, prompts, [[text] for text in written], "source_", "")
         given, given_mask = data.encode([self.source_template.format(text=text) for text in written])
-        texts = self._continue(model, data, given.to(ids.device), given_mask.to(ids.device), key)
-        self._measure(totals, data, data.decode(ids), texts, "blackbox_", "")
+        generator = self._generator(ids.device, "rewriting", key)
+        texts = self._continue(model, data, given.to(ids.device), given_mask.to(ids.device), generator)
+        self._measure(totals, data, prompts, texts, "blackbox_", "")
 
     def _measure(
         self, totals: Any, data: Any, prompts: Sequence[str], texts: Sequence[Sequence[str]], prefix: str, suffix: str

@@ -6,7 +6,9 @@ No text is printed as it is: `mask_words` hides the words of a list.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,23 +29,31 @@ class Scorer(Protocol):
         """Return scores in `[0, 1]`, float32 `[N]`."""
 
 
+@lru_cache(maxsize=8)
+def _listed(words: tuple[str, ...]) -> re.Pattern[str]:
+    """What matches one of the words or phrases, the longest first, where it stands alone and whatever its case."""
+    longest_first = sorted({word.strip() for word in words} - {""}, key=len, reverse=True)
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
+
+
 class WordList:
     """Share of the words of a text that are on a list, whatever their case; a single one makes it unwanted.
 
     Args:
-        words: The list, at least one word.
+        words: The list, at least one word; a phrase counts as its words.
     """
 
     threshold = 0.0
 
     def __init__(self, words: Iterable[str]) -> None:
-        self.words = frozenset(word.lower() for word in words)
-        if not self.words:
+        self.words = tuple(words)
+        if not any(word.strip() for word in self.words):
             raise ValueError("the list of unwanted words is empty")
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        split = [_WORD.findall(text.lower()) for text in texts]
-        return torch.tensor([sum(word in self.words for word in row) / max(len(row), 1) for row in split])
+        listed = _listed(self.words)
+        found = [sum(len(match[0].split()) for match in listed.finditer(text)) for text in texts]
+        return torch.tensor([n / max(len(text.split()), n, 1) for n, text in zip(found, texts, strict=True)])
 
 
 class LinearModel:
@@ -75,7 +85,7 @@ class Classifier:
     def __init__(self, name: str, label: int = 1, batch_size: int = 64) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         self.model = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=False).eval()
         if not 0 <= label < self.model.config.num_labels:
             raise ValueError(
@@ -123,9 +133,9 @@ def build_scorer(scorer: str, words: Iterable[str], label: int) -> Scorer:
 
 
 def mask_words(text: str, words: Iterable[str]) -> str:
-    """Hide the words of a list in a text."""
-    hidden = {word.lower() for word in words}
-    return _WORD.sub(lambda match: MASK if match[0].lower() in hidden else match[0], text)
+    """Hide the words and phrases of a list in a text."""
+    hidden = tuple(words)
+    return _listed(hidden).sub(MASK, text) if hidden else text
 
 
 def distinct_ngrams(text: str, n: int) -> float | None:
@@ -137,8 +147,6 @@ def distinct_ngrams(text: str, n: int) -> float | None:
 
 def word_cosine(left: str, right: str) -> float:
     """Cosine of the word counts of two texts; 0 if one is empty."""
-    from collections import Counter
-
     a, b = (Counter(_WORD.findall(text.lower())) for text in (left, right))
     norm = (sum(x * x for x in a.values()) * sum(x * x for x in b.values())) ** 0.5
     return sum(a[word] * b[word] for word in a) / norm if norm else 0.0
@@ -149,20 +157,28 @@ class SentenceEmbedding:
 
     Args:
         name: Path or name of an encoder of `transformers`.
+        batch_size: Texts at once.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, batch_size: int = 64) -> None:
         from transformers import AutoModel, AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         self.model: Any = AutoModel.from_pretrained(name, trust_remote_code=False).eval()
+        self.batch_size = batch_size
 
     @torch.no_grad()
     def _embed(self, texts: Sequence[str]) -> Tensor:
-        inputs = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
-        states = self.model(**inputs).last_hidden_state
-        mask = inputs["attention_mask"][..., None]
-        return (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        if torch.cuda.is_available():
+            self.model.cuda()
+        rows = []
+        for start in range(0, len(texts), self.batch_size):
+            part = list(texts[start : start + self.batch_size])
+            inputs = self.tokenizer(part, padding=True, truncation=True, return_tensors="pt").to(self.model.device)
+            states = self.model(**inputs).last_hidden_state.float()
+            mask = inputs["attention_mask"][..., None]
+            rows.append(((states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).cpu())
+        return torch.cat(rows)
 
     def __call__(self, left: Sequence[str], right: Sequence[str]) -> Tensor:
         """Return the cosine of each pair, float32 `[N]`."""
