@@ -152,7 +152,7 @@ class _HopTraining(Batches):
         start = torch.randint(data.facts, (size, data.queries), generator=generator)
         kind = torch.randint(len(data.hops), start.shape, generator=generator)
         answers = walk(cycles, start, torch.tensor(data.hops)[kind], data.answer_length)
-        questions = torch.stack([cycles.gather(1, start), data.symbols + kind], dim=2)
+        questions = data.question(cycles.gather(1, start), data.symbols + kind)
         parts = torch.cat([questions, answers], dim=2)
         counts = torch.cat([torch.zeros_like(questions), torch.ones_like(answers)], dim=2).bool()
         facts = data.fact_tokens(facts)
@@ -179,8 +179,8 @@ class _HopPrompts(Batches):
         cycles, facts = draw_cycles(size, data.symbols, data.facts, keyed_generator("hop", self.part, index))
         start = torch.arange(first, first + size)[:, None] % data.facts
         answer = walk(cycles, start, torch.full_like(start, data.hops[kind]), data.answer_length)[:, 0]
-        question = [cycles.gather(1, start), torch.full_like(start, data.symbols + kind)]
-        prompt = torch.cat([data.fact_tokens(facts), *question], dim=1)
+        question = data.question(cycles.gather(1, start), torch.full_like(start, data.symbols + kind))
+        prompt = torch.cat([data.fact_tokens(facts), question.flatten(1)], dim=1)
         rows = self.rows(size)
         number = torch.arange(first, first + size)[rows]
         return {"prompt_ids": prompt[rows], "answer_ids": answer[rows], "row": number, "group": f"hop{data.hops[kind]}"}
@@ -189,9 +189,9 @@ class _HopPrompts(Batches):
 class Hop(ZooDataModule):
     """Facts of a random cycle in random order, then questions: which symbol is one step on, or two?
 
-    A sequence is `k v` (two tokens, or one) for each fact, then `x` `marker` and the answer for each question; only
-    answers are labels. The marker says how many steps. Evaluation has one question a prompt, and its last token is the
-    marker. Nothing can be answered without the facts: a method that loses a part of the prompt loses answers.
+    A sequence is `k v` (two tokens, or one) for each fact, then `marker` `x` and the answer for each question; only
+    answers are labels. The marker says how many steps. Evaluation has one question a prompt. Nothing can be answered
+    without the facts: a method that loses a part of the prompt loses answers.
 
     Args:
         symbols: Symbols to choose from.
@@ -199,6 +199,8 @@ class Hop(ZooDataModule):
         hops: Steps that are asked for, each with a marker.
         joint_facts: Whether a fact `k v` is one token. Otherwise a model first has to learn to join two tokens, which
             takes small ones some thousand steps.
+        marker_last: Whether a question is `x marker` and not `marker x`. Then a model has to carry `x` one token on
+            before it can look it up, and learns later.
         queries: Questions of a training sequence.
         answer_length: Symbols of an answer: a walk from the one asked for.
         batch_size: Sequences in a (global) batch.
@@ -215,6 +217,7 @@ class Hop(ZooDataModule):
         facts: int = 6,
         hops: list[int] | None = None,
         joint_facts: bool = False,
+        marker_last: bool = False,
         queries: int = 8,
         answer_length: int = 1,
         batch_size: int = 64,
@@ -242,7 +245,7 @@ class Hop(ZooDataModule):
         if not self.hops or len(set(self.hops)) != len(self.hops) or not all(0 < h < facts for h in self.hops):
             raise ValueError(f"hops: {self.hops} is not accepted; accepted: different numbers from 1 to {facts - 1}")
         self.symbols, self.facts, self.queries, self.answer_length = symbols, facts, queries, answer_length
-        self.joint_facts = joint_facts
+        self.joint_facts, self.marker_last = joint_facts, marker_last
         self.batch_size, self.steps_per_epoch = batch_size, steps_per_epoch
         self.eval_prompts, self.eval_batch_size = eval_prompts, eval_batch_size
 
@@ -254,7 +257,12 @@ class Hop(ZooDataModule):
     @property
     def tokenizer_id(self) -> str:
         """What the tokens mean."""
-        return f"hop-{self.symbols}-{'-'.join(map(str, self.hops))}{'-joint' * self.joint_facts}"
+        options = "-joint" * self.joint_facts + "-last" * self.marker_last
+        return f"hop-{self.symbols}-{'-'.join(map(str, self.hops))}{options}"
+
+    def question(self, symbols: Tensor, markers: Tensor) -> Tensor:
+        """Tokens of questions about symbols `[B, Q]`: `[B, Q, 2]`."""
+        return torch.stack([symbols, markers] if self.marker_last else [markers, symbols], dim=2)
 
     def fact_tokens(self, facts: Tensor) -> Tensor:
         """Tokens of facts `[B, 2 * F]`: themselves, or one for each, `[B, F]`."""

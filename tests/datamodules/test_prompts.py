@@ -41,10 +41,11 @@ def test_answers_follow_from_the_facts_of_their_own_prompt(joint: bool, length: 
         for prompt, answer in zip(batch["prompt_ids"].tolist(), batch["answer_ids"].tolist(), strict=True):
             successor = follow(data, prompt[:width])
             assert len(successor) == 5
-            assert steps_on(successor, prompt[-2], 5) == prompt[-2]  # one cycle
-            steps = data.hops[prompt[-1] - 9]
+            assert steps_on(successor, prompt[-1], 5) == prompt[-1]  # one cycle
+            marker, x = prompt[-2:]
+            steps = data.hops[marker - 9]
             assert batch["group"] == f"hop{steps}"
-            assert answer == [steps_on(successor, prompt[-2], steps + i) for i in range(length)]
+            assert answer == [steps_on(successor, x, steps + i) for i in range(length)]
             seen.add(tuple(prompt))
     assert len(seen) > 70
 
@@ -62,7 +63,7 @@ def test_a_training_sequence_asks_and_answers_and_labels_are_answers(joint: bool
         assert labels[: width + 1] == [IGNORE] * (width + 1)
         for query in range(3):
             start = width + 4 * query
-            x, marker = ids[start : start + 2]
+            marker, x = ids[start : start + 2]
             kinds.add(marker)
             steps = data.hops[marker - 8]
             expected = [steps_on(successor, x, steps), steps_on(successor, x, steps + 1)]
@@ -70,6 +71,15 @@ def test_a_training_sequence_asks_and_answers_and_labels_are_answers(joint: bool
             assert labels[start : start + 1] == [IGNORE]
             assert labels[start + 3 : start + 4] in ([IGNORE], [])
     assert kinds == {8, 9}
+
+
+def test_a_marker_may_come_last() -> None:
+    first, last = Hop(eval_prompts=8), Hop(eval_prompts=8, marker_last=True)
+    a, b = (torch.cat([batch["prompt_ids"] for batch in d.test_dataloader()]) for d in (first, last))
+    assert torch.equal(a[:, -2:].flip(1), b[:, -2:])
+    assert torch.equal(a[:, :-2], b[:, :-2])
+    a, b = (next(iter(d.train_dataloader()))["input_ids"] for d in (first, last))
+    assert torch.equal(a[:, 12:14].flip(1), b[:, 12:14])
 
 
 def test_facts_are_shuffled_and_start_places_are_even() -> None:
@@ -126,7 +136,7 @@ def test_the_meaning_of_tokens_has_a_name() -> None:
         Hop(hops=[1]).tokenizer_id,
         Hop(joint_facts=True).tokenizer_id,
     }
-    assert len(names) == 4
+    assert len(names) == 5
     assert Hop(joint_facts=True).vocab_size == 10 + 2 + 100
 
 

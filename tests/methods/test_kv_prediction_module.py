@@ -201,8 +201,13 @@ def test_pruning_is_given_no_less_than_the_method_costs() -> None:
 
 def test_a_fit_and_a_test_measure_all_arms(tmp_path: Path) -> None:
     data = Hop(batch_size=8, steps_per_epoch=2, eval_prompts=6, eval_batch_size=4)
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(accelerator="cpu", max_steps=2, default_root_dir=tmp_path, enable_checkpointing=False, **quiet)
+    quiet: dict[str, Any] = {
+        "logger": False,
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = Trainer(accelerator="cpu", max_steps=2, default_root_dir=tmp_path, **quiet)
     model = make()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trainer.fit(model, datamodule=data)

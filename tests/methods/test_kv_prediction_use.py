@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import types
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 
 import zoo
 from tests.methods.test_kv_prediction_module import make
-from zoo.errors import UsageError
 from zoo.main import main
 from zoo.methods.kv_prediction.export import Loaded
 
@@ -66,9 +66,7 @@ def test_text_is_continued_in_words(
     monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "cache"))
     (tmp_path / "texts").mkdir()
     for i in range(40):
-        prose = "\n\n".join(
-            f"Paragraph {i} {j} of a text about foxes and dogs, on and on and on." for j in range(4)
-        )
+        prose = "\n\n".join(f"Paragraph {i} {j} of a text about foxes and dogs, on and on and on." for j in range(4))
         (tmp_path / "texts" / f"{i}.txt").write_text(prose)
     data = {"class_path": "text_prompts", "init_args": {"corpus": str(tmp_path / "texts"), "tokenizer": "bytes"}}
     data["init_args"] |= {"prompt_length": 24, "block_size": 32, "batch_size": 4, "val_fraction": 0.2}  # type: ignore[operator]
@@ -180,7 +178,3 @@ def test_without_the_harness_the_error_says_how_to_get_it(monkeypatch: pytest.Mo
     monkeypatch.delitem(sys.modules, "zoo.methods.kv_prediction.lm_eval_adapter", raising=False)
     with pytest.raises(ImportError, match="pip install 'method-zoo\\[lm-eval\\]'"):
         importlib.import_module("zoo.methods.kv_prediction.lm_eval_adapter")
-
-
-def test_usage_errors_are_two() -> None:
-    assert UsageError("x").exit_code == 2

@@ -41,6 +41,7 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"the prompt has tokens {ids}", f"accepted: 0 to {size - 1}")
     prompt = torch.tensor([ids], dtype=torch.int64)
     try:
+        model.check_length(prompt, args.max_new_tokens)
         first = {}
         for name in ("predicted cache", "base") if model.predictor is not None else ("base",):
             first[name] = show(model, prompt, args.max_new_tokens, encoder, name)

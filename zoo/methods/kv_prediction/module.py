@@ -111,7 +111,7 @@ class KVPrediction(LightningModule):
         batch="datamodules.text.TextBatch",
         kind="language, inference cost",
         links={"vocab_size": "vocab_size", "tokenizer_id": "tokenizer_id"},
-        compiles=True,
+        compiles=False,
     )
 
     base: CausalLM
@@ -284,10 +284,19 @@ class KVPrediction(LightningModule):
             return full(self.base, prompt, more)
         return predicted(self.base, *self.pair, prompt, more)
 
-    def predicted_logits(self, ids: Tensor) -> Tensor:
-        """Logits `[B, S, V]` of the base with a predicted cache at all positions, as in training; for likelihoods."""
+    def predicted_logits(self, ids: Tensor, last: int | None = None) -> Tensor:
+        """Logits of the base with a predicted cache at all positions, as in training; for likelihoods.
+
+        Args:
+            ids: int64 `[B, S]`.
+            last: Number of positions at the end whose logits are wanted; None for all.
+
+        Returns:
+            `[B, S, V]`, or `[B, last, V]`.
+        """
         auxiliary, predictor = self.pair
-        return self.base.logits(self.base(ids, given=predictor(auxiliary.entries(ids)))[0])
+        stream = self.base(ids, given=predictor(auxiliary.entries(ids)))[0]
+        return self.base.logits(stream if last is None else stream[:, -last:])
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last evaluation."""
@@ -313,7 +322,7 @@ class KVPrediction(LightningModule):
                 self._sums.add(name, {"cost": (torch.tensor(float(arm.cost / reference)), 1)})
                 self._times.setdefault(name, []).append(milliseconds)
         if self.predictor is not None:
-            logits = self.predicted_logits(torch.cat([prompt, answer[:, :-1]], dim=1))[:, tokens - 1 :]
+            logits = self.predicted_logits(torch.cat([prompt, answer[:, :-1]], dim=1), more)
             self._sums.add("all_predicted", score(logits, answer, self.horizons, batch["group"]))
 
     def _means(self) -> dict[str, float]:
