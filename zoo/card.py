@@ -32,6 +32,9 @@ class Card:
             `{check id: {"model.mix": False}}`.
         compiles: Whether `torch.compile` is supported.
         extra: Name of the optional-dependency group that the method needs, or `""`.
+        search: Search space, for `zoo dashboard --sweep`: constructor arguments (or dotted options such as
+            `data.batch_size`) with `{"values": [...]}` or `{"min": 1e-3, "max": 1e-1, "log": True}`.
+        objective: What a search is for: `"maximize val/acc"`.
     """
 
     title: str
@@ -45,3 +48,5 @@ class Card:
     check_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     compiles: bool = False
     extra: str = ""
+    search: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    objective: str = ""

@@ -80,6 +80,12 @@ class SLMBottlenecks(LightningModule):
         kind="language, training cost",
         links={"vocab_size": "vocab_size"},
         compiles=True,
+        search={
+            "lr": {"min": 1e-4, "max": 1e-2, "log": True},
+            "weight_decay": {"values": [0.0, 0.03, 0.1, 0.3]},
+            "warmup_steps": {"values": [0, 20, 50]},
+        },
+        objective="minimize val/loss",
     )
 
     def __init__(

@@ -1,0 +1,1 @@
+"""W&B workspaces, reports and sweeps of a method, as code (`zoo dashboard`)."""
