@@ -1,6 +1,6 @@
 """Write what was learned in the form of transformers: `Aimv2VisionModel`, or `Aimv2Model` for LiT.
 
-    python -m zoo.methods.aimv2.export runs/.../checkpoints/step=N.ckpt FOLDER
+python -m zoo.methods.aimv2.export runs/.../checkpoints/step=N.ckpt FOLDER
 """
 
 from __future__ import annotations
