@@ -26,8 +26,7 @@ class RunCSVLogger(Logger):
     """Writes `metrics.csv` with one row a logged step; a resumed run drops the rows after its checkpoint and goes on.
 
     Rows are kept in memory and written every `flush_every_n_rows` rows, before each checkpoint and at the end, so that
-    the
-    file on the disk never lags behind the newest checkpoint.
+    the file on the disk never lags behind the newest checkpoint.
 
     Args:
         save_dir: Directory of the file; the run's directory if None.
@@ -179,6 +178,7 @@ class RunWandbLogger(WandbLogger):
         try:
             self._experiment = wandb.init(**self._wandb_init)
         except (wandb.errors.Error, OSError, TimeoutError) as error:
+            wandb.teardown()  # its service holds the id of the run that did not start
             self._go_offline(str(error).splitlines()[0])
 
     def _go_offline(self, reason: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -10,10 +11,10 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import lightning.pytorch as pl
 import torch
@@ -30,6 +31,9 @@ from zoo.options import Options
 
 #: Strategies of Lightning that write a checkpoint in shards, by themselves; `zoo.nn.fsdp2` assembles one file.
 SHARDED = ("'fsdp", "deepspeed", "DeepSpeed", "ModelParallel", "FSDPStrategy")
+
+#: Errors of a disk on which nothing can be written any more.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 #: Metrics worth a line at the end of a command.
 RESULTS = {"fit": ("val/", "train/"), "validate": ("val/",), "test": ("test/",), "predict": ("predict/",)}
@@ -158,7 +162,7 @@ class Job:
         mode = self.options.wandb or os.environ.get("WANDB_MODE") or "offline"
         quieten()
         try:
-            with environment({runs.RUN_DIR_VARIABLE: str(directory.path), "WANDB_MODE": mode}):
+            with unstoppable_output(), environment({runs.RUN_DIR_VARIABLE: str(directory.path), "WANDB_MODE": mode}):
                 return self._run_in(directory, rank_zero)
         finally:
             directory.release()
@@ -228,8 +232,10 @@ class Job:
             self.cli = ZooCLI(self.options.command, self.config, self.classes, extra)
         except UsageError:
             raise
-        except (ValueError, TypeError, FileNotFoundError, RuntimeError) as error:
+        except Exception as error:
             message = str(error).split("\n")[0]
+            if not isinstance(error, ValueError | TypeError | FileNotFoundError | RuntimeError):
+                message = f"{type(error).__name__}: {message}"  # a KeyError says nothing but the key
             raise UsageError(
                 f"{self.method}: {message}", "nothing was started", detail=traceback.format_exc()
             ) from error
@@ -258,13 +264,24 @@ class Job:
                 f"{self.checkpoint} does not fit this config: {detail[1].strip() if len(detail) > 1 else first}",
                 "use the options that the checkpoint was trained with", detail=str(error),
             ) from error  # fmt: skip
+        go_on = f"then go on with --resume {os.path.relpath(directory.path)}"
+        if isinstance(error, OSError) and error.errno in DISK:
+            raise RunError(
+                f"{error.strerror or first}", f"make room on the disk, {go_on}", detail=traceback.format_exc()
+            ) from error
+        if isinstance(error, RuntimeError) and "DataLoader worker" in first:
+            raise RunError(
+                f"a loader process has died: {first.strip()}",
+                f"if memory was short, use fewer data.init_args.num_workers; {go_on}",
+                detail=traceback.format_exc(),
+            ) from error
         if isinstance(error, FileNotFoundError | ValueError):
             if _raised_in(error.__traceback__, ("prepare_data", "setup", "load_state_dict")):
                 raise UsageError(f"{self.method}: {first}", "", detail=traceback.format_exc()) from error
             if _raised_in(error.__traceback__, ("batch",)):
                 raise RunError(
                     f"reading a batch failed: {first}",
-                    f"mend the data, then go on with --resume {os.path.relpath(directory.path)}",
+                    f"mend the data, {go_on}",
                     detail=traceback.format_exc(),
                 ) from error
         raise error
@@ -316,6 +333,48 @@ def _raised_in(trace: TracebackType | None, functions: tuple[str, ...]) -> bool:
             return True
         trace = trace.tb_next
     return False
+
+
+class UnstoppableStream:
+    """A text stream whose failures do not matter: a log file on a full disk must not end a training.
+
+    What could not be written is written as soon as that is possible again.
+
+    Args:
+        stream: The stream behind it.
+        keep: Characters to keep at most; the newest stay.
+    """
+
+    def __init__(self, stream: TextIO, keep: int = 10_000) -> None:
+        self._stream, self._keep, self._late = stream, keep, ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or keep the text for later."""
+        late, self._late = self._late + text, ""
+        try:
+            self._stream.write(late)
+        except OSError:
+            self._late = late[-self._keep :]
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush if it is possible."""
+        with suppress(OSError):
+            self._stream.flush()
+
+
+@contextmanager
+def unstoppable_output() -> Iterator[None]:
+    """Let standard output and error fail silently for a while."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (UnstoppableStream(stream) for stream in before)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 @contextmanager
