@@ -1,4 +1,4 @@
-"""The kit passes a method that keeps the contract, and catches each way of breaking it by the check that is meant to."""  # noqa: E501
+"""The kit passes a method that keeps the contract, and catches each breach by the check that is meant to."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from zoo.main import main
 from zoo.testing import CHECKS, Report, check_method
 
 SOURCE = Path(__file__).parent / "exemplary"
+
+#: Places in the exemplary method that several mutants change.
+LOSS, PREDICT = "loss = nn.", "    def predict_step"
 
 #: What is spoilt -> file, text, what takes its place, the check that has to fail.
 MUTANTS = {
@@ -36,7 +39,8 @@ MUTANTS = {
     ),
     "argument that is not documented": ("method.py", "        width: Hidden units.\n", "", "documented"),
     "argument that is no plain type": (
-        "method.py", "width: int = 8)", "width: int = 8, act: type[nn.Module] = nn.Tanh)", "constructor",
+        "method.py", "width: int = 8)", "width: int = 8, act: type[nn.Module] = nn.Tanh)",
+        ("constructor", "checkpoint"),
     ),
     "hyper-parameters not saved": (
         "method.py", "self.save_hyperparameters()", 'self.save_hyperparameters("lr")', "hyperparameters",
@@ -49,25 +53,33 @@ MUTANTS = {
         "method.py", 'self._evaluate(batch, "test")', 'raise KeyError("target")', "smoke",
     ),
     "loss that is not a number": (
-        "method.py", "        self.log_dict({\"train/loss\": loss", "        loss = loss / 0 * 0\n        self.log_dict({\"train/loss\": loss", "smoke",  # noqa: E501
+        "method.py", "self.log_dict({\"train/", "loss = loss / 0 * 0\n        self.log_dict({\"train/", "smoke",
     ),
-    "loss that does not fall": ("method.py", "return loss\n", "return -loss\n", "falls"),
+    "loss that does not fall": ("method.py", ".parameters(), lr", ".parameters(), maximize=True, lr", "falls"),
     "trainable parameter without a gradient": (
-        "method.py", "self.net.parameters(), lr", "[*self.net.parameters(), *self.teacher.requires_grad_().parameters()], lr", "gradients",  # noqa: E501
+        "method.py", "self.net.parameters(), lr",
+        "[*self.net.parameters(), *self.teacher.requires_grad_().parameters()], lr", "gradients",
     ),
     "gradients of parameters that no optimiser has": (
         "method.py", "self.net.parameters(), lr", "self.net[2].parameters(), lr", "gradients",
     ),
     "metric of another name": ("method.py", '"train/loss": loss', '"loss": loss', "metrics"),
     "accuracy in per cent": ("method.py", 'float().mean()\n', 'float().mean() * 100\n', "metrics"),
-    "figures that are none": ("method.py", 'return {"weights": figure}', 'return {"weights": 3}', "figures"),
+    "figures that are none": (
+        "method.py", 'return {"weights": figure}', 'return {"weights": 3}', ("figures", "warnings"),
+    ),
     "warning": (
-        "method.py", '"""Plain gradient descent."""', 'import warnings\n\n        warnings.warn("old", DeprecationWarning)', "warnings",  # noqa: E501
+        "method.py", '"""Plain gradient descent."""',
+        'import warnings\n\n        warnings.warn("old", DeprecationWarning)', "warnings",
     ),
     "object in the checkpoint": (
-        "method.py", "    def predict_step", "    def on_save_checkpoint(self, checkpoint: Any) -> None:\n        checkpoint['path'] = Path('x')\n\n    def predict_step", "checkpoint",  # noqa: E501
+        "method.py", PREDICT,
+        "    def on_save_checkpoint(self, content: Any) -> None:\n        content['path'] = Path('x')\n\n" + PREDICT,
+        "checkpoint",
     ),
-    "no bfloat16": ("method.py", "loss = nn.", "assert not torch.is_autocast_enabled('cpu')\n        loss = nn.", "bf16"),  # noqa: E501
+    "no bfloat16": (
+        "method.py", LOSS, "assert not torch.is_autocast_enabled('cpu')\n        " + LOSS, "bf16",
+    ),
     "sum over the batch": (
         "method.py", 'batch["y"])\n', 'batch["y"], reduction="sum") / 8\n', ("accumulation", "ranks"),
     ),
@@ -75,22 +87,31 @@ MUTANTS = {
         "method.py", 'self.net(batch["x"])', 'self.net(batch["x"] - batch["x"].mean(0))', ("accumulation", "ranks"),
     ),
     "draws of its own": (
-        "method.py", "loss = nn.", "batch['x'] = batch['x'] + torch.randn(8, 4, generator=self.own)[: len(batch['x'])]\n        loss = nn.", "resume",  # noqa: E501
+        "method.py", LOSS,
+        "batch['x'] = batch['x'] + torch.randn(8, 4, generator=self.own)[: len(batch['x'])]\n        " + LOSS,
+        ("accumulation", "resume", "ranks"),
     ),
     "state that is not in the checkpoint": (
-        "method.py", "self.net(batch[\"x\"]), batch", "self.net(batch[\"x\"]) / self.count(), batch", "resume",
+        "method.py", "self.net(batch[\"x\"]), batch", "self.net(batch[\"x\"]) / self.count(), batch",
+        ("accumulation", "resume"),
     ),
     "state that differs from run to run": (
-        "method.py", "loss = nn.", "self.seen += id(batch) % 97\n        loss = nn.", ("replay", "resume", "ranks"),
+        "method.py", LOSS, "self.seen += id(batch) % 97\n        " + LOSS, ("replay", "resume", "ranks"),
     ),
 }  # fmt: skip
 
 #: What mutants use besides.
 HELPERS = {
-    "draws of its own": ("self.save_hyperparameters()", "self.own = torch.Generator().manual_seed(1)\n        self.save_hyperparameters()"),  # noqa: E501
+    "argument that is no plain type": ("Hidden units.\n", "Hidden units.\n        act: Activation.\n"),
+    "draws of its own": (
+        "self.save_hyperparameters()",
+        "self.own = torch.Generator().manual_seed(1)\n        self.save_hyperparameters()",
+    ),
     "object in the checkpoint": ("import torch\n", "from pathlib import Path\n\nimport torch\n"),
     "state that is not in the checkpoint": (
-        "    def predict_step", "    calls = 1\n\n    def count(self) -> int:\n        self.calls += 1\n        return self.calls\n\n    def predict_step",  # noqa: E501
+        PREDICT,
+        "    calls = 1\n\n    def count(self) -> int:\n        self.calls += 1\n        return self.calls\n\n"
+        + PREDICT,
     ),
 }  # fmt: skip
 

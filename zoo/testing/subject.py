@@ -148,7 +148,13 @@ class Subject:
         return {"config": [self.smoke], "overrides": {**overrides, **self.options, **added}}
 
     def fit(self, tag: str, overrides: Mapping[str, Any], callbacks: Sequence[dict[str, Any]] = ()) -> Run:
-        """Train the smoke config with changes, in this process."""
+        """Train the smoke config with changes, in this process.
+
+        Raises:
+            Broken: If it is known already that the config cannot be trained as it is shipped.
+        """
+        if isinstance(self.__dict__.get("_base"), Broken):
+            raise self._base
         return in_process("fit", run_dir=self.new_folder(tag), **self.words(overrides, callbacks))
 
     def child(
