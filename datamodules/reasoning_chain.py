@@ -254,7 +254,9 @@ class ReasoningChain(ZooDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """New traces, always."""
-        return self.loader(ChainTraces(self.task, self.writer, self.batch_size, self.num_batches, self.data_seed, "train"))
+        return self.loader(
+            ChainTraces(self.task, self.writer, self.batch_size, self.num_batches, self.data_seed, "train")
+        )
 
     def val_dataloader(self) -> ResumableLoader:
         """Traces that are not trained on."""

@@ -264,7 +264,12 @@ class ChainProblem:
             right = task.successor(step + 1, value, op, k) if step < task.steps else -1
             kind, potential = "broken", math.nan
             if last == ids["EOS"]:
-                if len(body) == 2 and body[0] == ids["ANS"] and body[1] < task.p and (step == task.steps or mode == "hmm"):
+                if (
+                    len(body) == 2
+                    and body[0] == ids["ANS"]
+                    and body[1] < task.p
+                    and (step == task.steps or mode == "hmm")
+                ):
                     kind, potential = "answer", float(body[1] == self.answer)
             elif mode in ("", "hmm") and step == 0 and body == [ids["HMM"]] * FILLER:
                 mode, kind, potential = "hmm", "hmm", 1 / task.p
@@ -337,9 +342,7 @@ class ChainProblem:
 
 
 @lru_cache(maxsize=4096)
-def _values(
-    task: ChainTask, ops: tuple[tuple[str, int], ...], answer: int, writer: Writer
-) -> NDArray[np.float64]:
+def _values(task: ChainTask, ops: tuple[tuple[str, int], ...], answer: int, writer: Writer) -> NDArray[np.float64]:
     """Backward recursion; see `ChainProblem.values`."""
     p, v = task.p, np.arange(task.p)
     table = np.zeros((task.steps + 1, p))

@@ -214,8 +214,8 @@ def _draw(
         if missing:
             jobs.append(Job(opened, trace.boundaries[k], k, missing))
             owners.append(i)
-    for job, samples in zip(jobs, engine.complete(jobs) if jobs else [], strict=True):
-        store.add(job.opened.key, job.cut, job.boundary, job.rows, samples)
+    if jobs:
+        engine.complete(jobs, sink=store.take)
     return {
         i: [store.get(trace.key, trace.boundaries[k], k)[row] for row in rows]
         for i, (_, trace, k, rows) in wanted.items()
@@ -239,5 +239,7 @@ def write_traces(
     """
     asked = [Trace(problem, problem.prompt[:0], (0,), f"{problem.key}/{name}") for problem in problems]
     opened = [engine.open(t.key, t.problem.prompt, t.tokens, [0]) for t in asked]
-    drawn = _draw(engine, store, {i: (o, t, 0, range(count)) for i, (o, t) in enumerate(zip(opened, asked, strict=True))})
+    drawn = _draw(
+        engine, store, {i: (o, t, 0, range(count)) for i, (o, t) in enumerate(zip(opened, asked, strict=True))}
+    )
     return [drawn[i] for i in range(len(problems))]

@@ -7,7 +7,7 @@ matter what else is in a batch, in which order work is done, or whether a killed
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -89,6 +89,10 @@ class Job:
     rows: Sequence[int]
 
 
+#: Takes completions as soon as they are there: the job, the rows, the completions.
+Sink = Callable[[Job, Sequence[int], Sequence[Any]], None]
+
+
 class Sampler(Protocol):
     """What draws completions: `LocalEngine`, or `ServerEngine`."""
 
@@ -98,13 +102,16 @@ class Sampler(Protocol):
     def open(self, key: str, prompt: Any, trace: Any, cuts: Sequence[int]) -> Opened:
         """Prepare a trace."""
 
-    def complete(self, jobs: Sequence[Job], most: int = 0, stop: Sequence[Any] = ()) -> list[list[Any]]:
+    def complete(
+        self, jobs: Sequence[Job], most: int = 0, stop: Sequence[Any] = (), sink: Sink | None = None
+    ) -> list[list[Any]]:
         """Draw completions; one list for each job, a completion for each of its rows.
 
         Args:
             jobs: What is wanted.
             most: Most tokens of a completion; 0 for what the budget leaves.
             stop: Tokens that end a completion besides those that end a text.
+            sink: Is handed completions as soon as they are there.
         """
 
 
@@ -281,7 +288,9 @@ class LocalEngine:
         if self.cost is not None:
             self.meter.flops += rows * (self.cost.span(start, stop) + heads * self.cost.head)
 
-    def complete(self, jobs: Sequence[Job], most: int = 0, stop: Sequence[int] = ()) -> list[list[list[int]]]:
+    def complete(
+        self, jobs: Sequence[Job], most: int = 0, stop: Sequence[int] = (), sink: Sink | None = None
+    ) -> list[list[list[int]]]:
         """Draw completions; see `Sampler`. Each ends with an end token, or where the budget does."""
         out: list[list[list[int]]] = [[[] for _ in job.rows] for job in jobs]
         # similar lengths together: less padding
@@ -291,6 +300,10 @@ class LocalEngine:
             part = flat[start : start + self.max_rows]
             for (i, j), tokens in zip(part, self._rows(jobs, part, most, stop), strict=True):
                 out[i][j] = tokens
+            if sink is not None:
+                for i in dict.fromkeys(i for i, _ in part):
+                    places = [j for n, j in part if n == i]
+                    sink(jobs[i], [jobs[i].rows[j] for j in places], [out[i][j] for j in places])
         self.meter.decoded += sum(len(tokens) for rows in out for tokens in rows)
         return out
 
@@ -304,7 +317,9 @@ class LocalEngine:
         starts = {i: self._start(jobs[i], numbers.count(i)) for i in used}
         longest = max(length for length, _, _ in starts.values())
         forks = [
-            ForkedLayer(*(torch.cat([_fork(starts[i], n, kind, numbers.count(i), longest) for i in used]) for kind in (0, 1)))
+            ForkedLayer(
+                *(torch.cat([_fork(starts[i], n, kind, numbers.count(i), longest) for i in used]) for kind in (0, 1))
+            )
             for n in range(len(starts[used[0]][1]))
         ]
         # rows of a job lie together in `part`
@@ -395,7 +410,9 @@ def read_layers(cache: Any) -> list[tuple[Tensor, Tensor]]:
     """
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in cache.layers} - {"DynamicLayer"}))
-        raise ValueError(f"engine: a model with layers {kinds} is not accepted; accepted: full attention in every layer")
+        raise ValueError(
+            f"engine: a model with layers {kinds} is not accepted; accepted: full attention in every layer"
+        )
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 

@@ -54,9 +54,7 @@ def decode_flops(cost: Cost, prompt: int, boundaries: Sequence[int], lengths: Se
 
 def naive_flops(cost: Cost, prompt: int, boundaries: Sequence[int], lengths: Sequence[Sequence[int]]) -> int:
     """`A`: each of the rows runs its whole prefix."""
-    prefill = sum(
-        len(row) * (cost.span(0, prompt + t) + cost.head) for t, row in zip(boundaries, lengths, strict=True)
-    )
+    prefill = sum(len(row) * (cost.span(0, prompt + t) + cost.head) for t, row in zip(boundaries, lengths, strict=True))
     return prefill + decode_flops(cost, prompt, boundaries, lengths)
 
 

@@ -116,7 +116,7 @@ def find_events(
     pot: Tensor | Sequence[float],
     before_answer: int,
     correct: bool,
-    thresholds: Thresholds = Thresholds(),  # noqa: B008 - frozen
+    thresholds: Thresholds = Thresholds(),
     tolerance: Tensor | float = 0.0,
 ) -> Events:
     """Find insights, tangents and late guesses in a curve (thresholds reported; consecutive boundaries: ours).

@@ -45,7 +45,12 @@ def curve_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     pairs = [(p, e) for r in rows if r["exact"] for p, e in zip(r["pot"][:-1], r["exact"][:-1], strict=True)]
     out["mae_exact"] = mean(abs(p - e) for p, e in pairs)
     known = [r for r in rows if "exact_monotone" in r]
-    for own, true in (("insights", "insight"), ("tangents", "tangent"), ("late_guess", "late_guess"), ("monotone", "monotone")):
+    for own, true in (
+        ("insights", "insight"),
+        ("tangents", "tangent"),
+        ("late_guess", "late_guess"),
+        ("monotone", "monotone"),
+    ):
         out[f"exact_{true}_rate"] = mean(r[f"exact_{own}"] for r in known)
         out[f"{true}_agreement"] = mean(bool(r[own]) == r[f"exact_{own}"] for r in known)
     out["monotone_2se_agreement"] = mean(r["monotone_2se"] == r["exact_monotone"] for r in known)
@@ -53,6 +58,14 @@ def curve_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     out["insight_precision"] = mean(r["kinds"][k] in INSIGHT_KINDS for r in kinds for k in r["insights"])
     out["tangent_precision"] = mean(r["kinds"][k] in TANGENT_KINDS for r in kinds for k in r["tangents"])
     return out
+
+
+def independent_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What independent estimates read as monotone."""
+    return {
+        "independent_monotone_rate": mean(r["monotone"] for r in rows),
+        "independent_monotone_2se_rate": mean(r["monotone_2se"] for r in rows),
+    }
 
 
 def pass_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -121,6 +134,7 @@ def proxy_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 _METRICS = {
     "curves": curve_metrics,
+    "independent": independent_metrics,
     "pass_at_k": pass_metrics,
     "optimise": optimise_metrics,
     "transfer": transfer_metrics,

@@ -1,4 +1,4 @@
-"""Potential of chains of thought as a LightningModule: `fit` trains a small model, `test` analyses, `predict` measures."""
+"""Potential of chains of thought: `fit` trains a small model, `test` analyses it, `predict` measures given traces."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from zoo.methods.cot_potential.studies import (
     correct_traces,
     curve_row,
     study_curves,
+    study_independent,
     study_optimise,
     study_pass,
     study_proxies,
@@ -72,7 +73,8 @@ class CoTPotential(LightningModule):
         insight_rise: Rise of the potential that is an insight.
         tangent_fall: Fall that is a tangent.
         guess_below: Potential before a correct answer under which it is a late guess.
-        studies: What `test` measures: `curves`, `pass_at_k`, `optimise`, `transfer` and `proxies`.
+        studies: What `test` measures: `curves`, `independent` (without reuse), `pass_at_k`, `optimise`, `transfer` and
+            `proxies`.
         analysis: Sizes of the studies, see `zoo.methods.cot_potential.studies.Settings`.
         report: Whether `test` and `predict` write `report.html`.
         lr: Peak learning rate of `fit`.
@@ -241,10 +243,13 @@ class CoTPotential(LightningModule):
         own = self.bench()
         source = self.bench("provider") if self.hparams["provider"] else own
         try:
-            traces = correct_traces(source, problems, given) if {"curves", "transfer", "proxies"} & {*studies} else []
-            if "curves" in studies or "proxies" in studies:
+            needed = {"curves", "independent", "transfer", "proxies"} & {*studies}
+            traces = correct_traces(source, problems, given) if needed else []
+            if {"curves", "independent", "proxies"} & {*studies}:
                 rows = study_curves(own, traces)
                 self._add("curves", rows)
+                if "independent" in studies:
+                    self._add("independent", study_independent(own, traces, rows))
                 if "proxies" in studies:
                     self._add("proxies", study_proxies(own, traces, rows))
             if "transfer" in studies:
@@ -270,6 +275,10 @@ class CoTPotential(LightningModule):
         """Log the numbers of all processes' rows, and write rows and report."""
         self.rows = gather_rows(self.rows)
         metrics = all_metrics(self.rows)
+        for kind in ("easy", "hard"):
+            own, target = (self.test_metrics[f"p_{what}_{kind}"] for what in ("right", "target"))
+            if own.update_called:
+                metrics[f"p_right_{kind}_error"] = float((own.compute() - target.compute()).abs())
         for name, bench in self._benches.items():
             meter = getattr(bench.engine, "meter", None)
             if meter is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zoo.methods.cot_potential.curves import Chunker, Problem, Trace, sample_curves
@@ -32,9 +32,9 @@ def optimise_traces(
 ) -> list[Trace]:
     """Write each trace chunk by chunk: of `M` sampled chunks, keep the one after which the potential is highest.
 
-    Equal candidates are one. Ties go to the candidate that was drawn more often, then to the earlier one: a cheap stand-in
-    for the higher log-probability. With many candidates and no `least_chunks` the search finds a lucky guess, as a
-    public review remarks.
+    Equal candidates are one. Ties go to the candidate that was drawn more often, then to the earlier one: a cheap
+    stand-in for the higher log-probability. With many candidates and no `least_chunks` the search finds a lucky guess,
+    as a public review remarks.
 
     Args:
         engine: Draws chunks and completions.
@@ -81,9 +81,7 @@ def optimise_traces(
             s.tokens = s.tokens + choices[i][best]
             s.boundaries.append(len(s.tokens))
             s.ended = _ended(Trace(s.problem, s.tokens, (0,), ""), engine)
-    return [
-        Trace(s.problem, s.tokens, tuple(s.boundaries), f"{s.problem.key}/opt{candidates}") for s in states
-    ]
+    return [Trace(s.problem, s.tokens, tuple(s.boundaries), f"{s.problem.key}/opt{candidates}") for s in states]
 
 
 def _ended(trace: Trace, engine: Sampler) -> bool:
@@ -110,9 +108,13 @@ def _chunks(
     engine: Sampler, jobs: Sequence[Job], store: SampleStore, most: int, stop: Sequence[Any]
 ) -> list[list[Any]]:
     """Sample chunks, or take them from the store."""
-    todo = [j for j in jobs if len(store.get(j.opened.key, j.cut, j.boundary)) < len(j.rows)]
-    for job, samples in zip(todo, engine.complete(todo, most, stop) if todo else [], strict=True):
-        store.add(job.opened.key, job.cut, job.boundary, job.rows, samples)
+    todo = []
+    for job in jobs:
+        known = store.get(job.opened.key, job.cut, job.boundary)
+        missing = [row for row in job.rows if row not in known]
+        todo += [replace(job, rows=missing)] if missing else []
+    if todo:
+        engine.complete(todo, most, stop, store.take)
     return [[store.get(j.opened.key, j.cut, j.boundary)[row] for row in j.rows] for j in jobs]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def trace_proxies(model: Any, trace: Trace) -> Proxies:
     logprobs = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(dim=-1)
     own = -logprobs.gather(1, ids[0, len(prompt) :, None])[:, 0]
     entropy = -(logprobs.exp() * logprobs).nan_to_num().sum(dim=-1)
-    spans = list(zip(bounds[:-1], bounds[1:], strict=True))
+    spans = list(pairwise(bounds))
     forced = torch.full((len(bounds),), float("nan"))
     asks = getattr(trace.problem, "forced_answer", None)
     if asks is not None:

@@ -41,8 +41,8 @@ def report_html(rows: Rows, metrics: Mapping[str, float], thresholds: Thresholds
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>CoT potential</title>',
         f"<style>{_STYLE}</style></head><body><h1>Potential of chains of thought</h1>",
-        f'<p class="key">Change of the probability of a correct answer over a chunk, in points: {legend}. Underlined: a '
-        f"rise of more than {100 * thresholds.insight:g} points (insight) or a fall of more than "
+        f'<p class="key">Change of the probability of a correct answer over a chunk, in points: {legend}. '
+        f"Underlined: a rise of more than {100 * thresholds.insight:g} points (insight) or a fall of more than "
         f"{100 * thresholds.tangent:g} (tangent). The potential is a value, not an explanation: correct traces rise by "
         "selection.</p>",
         "<table>" + "".join(f"<tr><td>{html.escape(k)}</td><td>{v:.4g}</td></tr>" for k, v in sorted(metrics.items())),
@@ -78,7 +78,11 @@ def _curve_svg(row: Mapping[str, Any], width: int = 600, height: int = 90) -> st
         return " ".join(f"{width * t / last:.1f},{height * (1 - v):.1f}" for t, v in pairs if not math.isnan(v))
 
     band = points(row["high"]) + " " + " ".join(reversed(points(row["low"]).split()))
-    exact = f'<polyline points="{points(row["exact"])}" fill="none" stroke="#000" stroke-dasharray="4 3"/>' if row["exact"] else ""
+    exact = (
+        f'<polyline points="{points(row["exact"])}" fill="none" stroke="#000" stroke-dasharray="4 3"/>'
+        if row["exact"]
+        else ""
+    )
     return (
         f'<svg width="{width}" height="{height}" role="img" aria-label="potential">'
         f'<polygon points="{band}" fill="#0969da" opacity="0.2"/>'

@@ -10,8 +10,9 @@ from typing import Any
 
 
 class SampleStore:
-    """A JSONL file of completions; lines `{"trace": .., "cut": .., "boundary": .., "rows": [..], "samples": [[..], ..]}`.
+    """A JSONL file of completions.
 
+    Lines are `{"trace": .., "cut": .., "boundary": .., "rows": [..], "samples": [[..], ..]}`.
     A line that a crash has cut off is dropped, and written over by what comes next.
 
     Args:
@@ -46,6 +47,10 @@ class SampleStore:
     def get(self, trace: str, cut: int, boundary: int) -> Mapping[int, Any]:
         """Completions of a boundary that are there, by row."""
         return self._known.get((trace, boundary, cut), {})
+
+    def take(self, job: Any, rows: Sequence[int], samples: Sequence[Any]) -> None:
+        """Keep completions of a job of an engine."""
+        self.add(job.opened.key, job.cut, job.boundary, rows, samples)
 
     def add(self, trace: str, cut: int, boundary: int, rows: Sequence[int], samples: Sequence[Any]) -> None:
         """Keep completions; they are on disk when this returns."""

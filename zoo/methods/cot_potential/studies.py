@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from zoo.methods.cot_potential.proxies import trace_proxies
 from zoo.methods.cot_potential.store import SampleStore
 
 #: Names of the studies.
-STUDIES = ("curves", "pass_at_k", "optimise", "transfer", "proxies")
+STUDIES = ("curves", "independent", "pass_at_k", "optimise", "transfer", "proxies")
 #: A row of results.
 Row = dict[str, Any]
 
@@ -155,7 +155,9 @@ def curve_row(curve: Curve, thresholds: Thresholds) -> Row:
     }
     if row["exact"] and not any(map(math.isnan, exact)):
         true = find_events(exact, trace.before_answer, trace.correct, thresholds, 1e-9)
-        row |= {f"exact_{name}": bool(getattr(true, name)) for name in ("insights", "tangents", "late_guess", "monotone")}
+        row |= {
+            f"exact_{name}": bool(getattr(true, name)) for name in ("insights", "tangents", "late_guess", "monotone")
+        }
     return row
 
 
@@ -169,6 +171,15 @@ def study_curves(bench: Bench, traces: Sequence[Trace]) -> list[Row]:
     """Curves of correct traces; those of problems that are easy from the start are dropped."""
     rows = [curve_row(curve, bench.thresholds) for curve in bench.curves(traces)]
     return [row for row in rows if row["pot"][0] < bench.settings.easy]
+
+
+def study_independent(bench: Bench, traces: Sequence[Trace], rows: Sequence[Row]) -> list[Row]:
+    """Curves of the same traces again, without reuse: estimates of neighbours are independent, as the paper's are."""
+    kept = {row["key"] for row in rows}
+    again = [replace(trace, key=trace.key + "-independent") for trace in traces if trace.key in kept]
+    settings = bench.settings
+    curves = sample_curves(bench.engine, again, settings.samples, bench.store, False)
+    return [curve_row(curve, bench.thresholds) for curve in curves]
 
 
 def study_pass(bench: Bench, problems: Sequence[Problem]) -> list[Row]:

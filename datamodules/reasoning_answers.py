@@ -1,0 +1,169 @@
+"""Reading answers out of texts, and comparing them: numbers, LaTeX, letters, and programs where that is asked for."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+#: Forms of an answer.
+FORMS = ("integer", "math", "choice", "code")
+#: What stands before an answer, besides `\boxed`.
+_MARKER = re.compile(r"(?:####|(?:final\s+)?answer\s*(?:is\b|:|=)+)[\s*$:]*", re.IGNORECASE)
+_INTEGER = re.compile(r"[-+]?\d[\d,]*(?![\d.]*\d)")
+_LETTER = re.compile(r"\(?\b([A-J])\b\)?")
+_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+
+
+def answer_span(text: str, form: str) -> tuple[int, int] | None:
+    """Find where the answer is written: the last `\\boxed{..}`, else what follows the last marker.
+
+    Markers are `####`, `answer:` and `the answer is`. Without either, a number at the end counts for `integer`; a
+    fenced block, or else the whole text, for `code`. None if there is no answer.
+
+    Args:
+        text: The text.
+        form: One of `FORMS`.
+
+    Returns:
+        Start (of the box or the marker) and end.
+    """
+    if form == "code":
+        blocks = list(_FENCE.finditer(text))
+        return blocks[-1].span() if blocks else ((0, len(text)) if text.strip() else None)
+    box = _last_box(text)
+    if box is not None:
+        return box
+    markers = list(_MARKER.finditer(text))
+    if markers:
+        start = markers[-1].start()
+        line = text.find("\n", markers[-1].end())
+        end = len(text) if line < 0 else line
+        return (start, end) if text[markers[-1].end() : end].strip() else None
+    numbers = list(_INTEGER.finditer(text)) if form == "integer" else []
+    if numbers and not text[numbers[-1].end() :].strip(" \n.$*"):
+        return numbers[-1].span()
+    return None
+
+
+def _last_box(text: str) -> tuple[int, int] | None:
+    """Span of the last box whose braces are closed."""
+    for start in reversed([m.start() for m in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]):
+        depth = 0
+        for i in range(text.index("{", start), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            if depth == 0:
+                return start, i + 1
+    return None
+
+
+def extract_answer(text: str, form: str) -> str | None:
+    """Return the answer that a text gives, or None.
+
+    Args:
+        text: The text.
+        form: One of `FORMS`.
+    """
+    span = answer_span(text, form)
+    if span is None:
+        return None
+    answer = text[span[0] : span[1]]
+    if form == "code":
+        fenced = _FENCE.fullmatch(answer)
+        return fenced.group(1) if fenced else answer
+    if answer.startswith("\\"):
+        return answer[answer.index("{") + 1 : -1].strip()
+    return _MARKER.sub("", answer, count=1).strip().strip("*").rstrip(".").strip()
+
+
+def as_integer(text: str) -> int | None:
+    """Read a text that is a whole number, with separators, signs, dollars and leading zeros; None for anything else."""
+    plain = text.strip().strip("$").replace(",", "").replace("\\!", "").replace(" ", "").rstrip(".")
+    return int(plain) if re.fullmatch(r"[-+]?\d{1,4000}", plain) else None
+
+
+@lru_cache(maxsize=65536)
+def check_answer(text: str, reference: str, form: str) -> bool:
+    """Whether a text gives the right answer; one without an answer does not.
+
+    Args:
+        text: What was written.
+        reference: The right answer: a number, LaTeX, or a letter.
+        form: `integer`, `math` or `choice`; programs go to `run_tests`.
+
+    Raises:
+        ModuleNotFoundError: If an answer that is not a whole number is to be compared without `math-verify`.
+    """
+    given = extract_answer(text, form)
+    if given is None:
+        return False
+    if form == "choice":
+        letters = _LETTER.findall(given.upper())
+        return bool(letters) and letters[0] == reference.strip().upper()
+    mine, right = as_integer(given), as_integer(reference)
+    if mine is not None and right is not None:
+        return mine == right
+    if form == "integer":
+        return False
+    parse, verify = math_verify()
+    return bool(verify(parse(f"${reference.strip().strip('$')}$"), parse(f"${given.strip().strip('$')}$")))
+
+
+def math_verify() -> tuple[Callable[[str], Any], Callable[[Any, Any], bool]]:
+    """Parser and comparison of `math-verify`; a comparison that takes long counts as different.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed, with the way to get it.
+    """
+    try:
+        import math_verify as library
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "answers that are not whole numbers are compared by math-verify: pip install 'method-zoo[math]'"
+        ) from error
+    return library.parse, library.verify
+
+
+#: Limits of a program: seconds, bytes of memory, bytes of a file.
+_LIMITS = (5, 1 << 30, 1 << 20)
+_PRELUDE = """
+import resource, sys
+seconds, memory, size = {limits}
+resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+exec(compile(sys.stdin.read(), "program", "exec"), {{"__name__": "__main__"}})
+"""
+
+
+def run_tests(program: str, tests: str, timeout: float = 10.0) -> bool:
+    """Run a program with its tests in a process of its own and return whether it ended without an error.
+
+    The process has no environment, an empty folder of its own, and limits of time, memory and file size. That keeps
+    mistakes away, not malice: it can reach the network and read files. Run programs of a model inside a container.
+
+    Args:
+        program: Source text.
+        tests: Source text that raises if the program is wrong.
+        timeout: Seconds of the wall clock.
+    """
+    import subprocess
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-I", "-S", "-c", _PRELUDE.format(limits=_LIMITS)],
+                input=f"{program}\n{tests}\n".encode(),
+                cwd=folder,
+                env={},
+                capture_output=True,
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return False
+    return done.returncode == 0

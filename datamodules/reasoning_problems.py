@@ -1,0 +1,372 @@
+"""Real problems with reference answers, as texts: from JSONL, CHAMP, or data sets in the format of `datasets`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from datamodules.loading import ResumableLoader, ZooDataModule, keyed_generator
+from datamodules.reasoning_answers import FORMS, answer_span, as_integer, check_answer, extract_answer, run_tests
+from datamodules.reasoning_chain import ItemBatches
+
+#: Ends a text that a server has ended; see `zoo.methods.cot_potential.server.END`.
+END = "\x03"
+_TEMPLATE = "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}.\n"
+_CODE_TEMPLATE = "{question}\nWrite the whole function in one Python code block.\n"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A format.
+
+    Attributes:
+        question: Name of the question's field.
+        answer: Name of the reference answer's field.
+        form: Form of the answers; empty for a guess by the reference.
+        hub: Name of the data set for `datasets`.
+        split: Its split.
+    """
+
+    question: str
+    answer: str
+    form: str = ""
+    hub: str = ""
+    split: str = "test"
+
+
+SOURCES = {
+    "jsonl": Source("question", "answer"),
+    "champ": Source("text", "answer"),
+    "aime": Source("problem", "answer", "integer", "HuggingFaceH4/aime_2024", "train"),
+    "math500": Source("problem", "answer", "math", "HuggingFaceH4/MATH-500"),
+    "gpqa": Source("Question", "Correct Answer", "choice", "Idavidrein/gpqa", "train"),
+    "humaneval": Source("prompt", "test", "code", "openai/openai_humaneval"),
+    "reasoning_gym": Source("question", "answer"),
+}
+
+
+@dataclass(frozen=True)
+class TextProblem:
+    """A problem in words; traces are token ids if there is a tokenizer, and text if not.
+
+    Args:
+        key: Name.
+        question: The question as the model reads it, template and all.
+        reference: The right answer; for `code` its tests.
+        form: One of `FORMS`.
+        tokenizer: A tokenizer of `transformers`, or None for the texts of a server.
+        program: What stands before a model's program (`code`), as its signature.
+    """
+
+    key: str
+    question: str
+    reference: str
+    form: str
+    tokenizer: Any = field(default=None, compare=False)
+    program: str = ""
+
+    @cached_property
+    def prompt(self) -> Any:
+        """The question."""
+        return self.question if self.tokenizer is None else self.tokenizer(self.question)["input_ids"]
+
+    @property
+    def _end(self) -> Any:
+        return END if self.tokenizer is None else [self.tokenizer.eos_token_id]
+
+    def encode(self, text: str, where: str) -> Any:
+        """Turn a given trace into what the model has written, its end included.
+
+        Raises:
+            ValueError: If the tokens do not give the text back.
+        """
+        if self.tokenizer is None:
+            return text + END
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        again = self._decode(ids)
+        if again != text:
+            at = next(
+                (i for i, (a, b) in enumerate(zip(text, again, strict=False)) if a != b), min(len(text), len(again))
+            )
+            raise ValueError(
+                f"{where}: the tokenizer does not give the text back: {text[at : at + 20]!r} became "
+                f"{again[at : at + 20]!r}; accepted: texts that it can represent"
+            )
+        return [*ids, *self._end]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _body(self, trace: Any) -> Any:
+        """A trace without its end."""
+        return trace[:-1] if self._ended(trace) else trace
+
+    def _ended(self, trace: Any) -> bool:
+        return bool(len(trace)) and trace[-1:] == self._end
+
+    def judge(self, trace: Any) -> bool:
+        """Whether a trace that has ended gives the right answer."""
+        if not self._ended(trace):
+            return False
+        text = self.text(trace)
+        if self.form != "code":
+            return check_answer(text, self.reference, self.form)
+        given = extract_answer(text, "code")
+        return given is not None and run_tests(f"{self.program}{given}", self.reference)
+
+    def text(self, tokens: Any) -> str:
+        """A trace as text, without its end."""
+        body = self._body(tokens)
+        return body if self.tokenizer is None else self._decode(body)
+
+    def pieces(self, trace: Any) -> list[str]:
+        """Text of each token, or the characters."""
+        if self.tokenizer is None:
+            return [("" if c == END else c) for c in trace]
+        end = self.tokenizer.eos_token_id
+        return ["" if token == end else self._decode([token]) for token in trace]
+
+    def answer_start(self, trace: Any) -> int:
+        """Position of the token that the answer begins in."""
+        span = answer_span(self.text(trace), self.form)
+        if span is None:
+            return len(trace)
+        if self.tokenizer is None:
+            return span[0]
+        low, high = 0, len(self._body(trace))
+        while low < high:  # the most tokens that end before the answer
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if len(self._decode(trace[:middle])) <= span[0] else (low, middle - 1)
+        return low
+
+    def annotate(self, trace: Any, boundaries: Sequence[int]) -> tuple[list[str], list[float]]:
+        """Nobody has planted anything, and nobody knows the exact potential."""
+        return [""] * (len(boundaries) - 1), [math.nan] * len(boundaries)
+
+
+class ReasoningProblems(ZooDataModule):
+    """Problems of a file or a data set, with given traces or without.
+
+    Args:
+        source: `jsonl` (lines with `question` and `answer`), `champ` (the package `champ-dataset`), `aime`, `math500`,
+            `gpqa`, `humaneval` in the format of their data sets, or `reasoning_gym` (the package; `path` is the task).
+        path: The JSONL or Parquet file; empty for the package, or for the data set on the hub.
+        tokenizer: Path or name of the model's tokenizer; empty for a server, which gets texts.
+        form: `integer`, `math`, `choice` or `code`; empty for what goes with the source.
+        template: What the model reads, with `{question}`; empty for a usual one. A chat model's own template goes here.
+        traces: JSONL file of traces, lines with `key` and `trace`; empty for none. Needed by `predict`.
+        run_code: Whether programs of the model are run, see `datamodules.reasoning_answers.run_tests`.
+        num_problems: Problems that are read; 0 for all.
+        problem_batch: Problems that are analysed together.
+        num_workers: Loader processes.
+        data_seed: Seed of the order of choices (`gpqa`) and of generated problems (`reasoning_gym`).
+
+    Raises:
+        ValueError: If a value is out of range or two do not go together.
+    """
+
+    def __init__(
+        self,
+        source: str = "jsonl",
+        path: str = "",
+        tokenizer: str = "",
+        form: str = "",
+        template: str = "",
+        traces: str = "",
+        run_code: bool = False,
+        num_problems: int = 0,
+        problem_batch: int = 8,
+        num_workers: int = 0,
+        data_seed: int = 0,
+    ) -> None:
+        super().__init__(num_workers, data_seed)
+        if source not in SOURCES:
+            raise ValueError(f"source: {source!r} is not accepted; accepted: {', '.join(SOURCES)}")
+        if form and form not in FORMS:
+            raise ValueError(f"form: {form!r} is not accepted; accepted: {', '.join(FORMS)}")
+        if template and "{question}" not in template:
+            raise ValueError(f"template: {template!r} has no {{question}}")
+        if source in ("jsonl", "reasoning_gym") and not path:
+            raise ValueError(f"path: empty with source: {source}; accepted: a JSONL file, or the name of a task")
+        if problem_batch < 1 or num_problems < 0:
+            raise ValueError(f"problem_batch, num_problems: {problem_batch}, {num_problems} are not accepted")
+        self.source, self.path, self.tokenizer_name, self.form = source, path, tokenizer, form
+        self.template, self.traces_file, self.run_code = template, traces, run_code
+        self.num_problems, self.problem_batch = num_problems, problem_batch
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, or None."""
+        if not self.tokenizer_name:
+            return None
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.tokenizer_name, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            said = str(error).splitlines()[0]
+            raise ValueError(f"tokenizer: {self.tokenizer_name!r} cannot be loaded: {said}") from error
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens; 0 without a tokenizer."""
+        return 0 if self.tokenizer is None else len(self.tokenizer)
+
+    @property
+    def eos_id(self) -> int:
+        """Token that ends a text; 0 without a tokenizer.
+
+        Raises:
+            ValueError: If the tokenizer has none.
+        """
+        if self.tokenizer is None:
+            return 0
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(f"tokenizer: {self.tokenizer_name!r} has no token that ends a text")
+        return int(self.tokenizer.eos_token_id)
+
+    @cached_property
+    def problems(self) -> list[TextProblem]:
+        """The problems.
+
+        Raises:
+            FileNotFoundError: If the file is not there.
+            ModuleNotFoundError: If the package is not installed, with the way to get it.
+            ValueError: If a problem has no question or no reference answer.
+        """
+        rows = _READERS.get(self.source, _read_rows)(self)
+        if not rows:
+            raise ValueError(f"{self.path or self.source}: there are no problems")
+        return [self._problem(number, row) for number, row in enumerate(rows[: self.num_problems or None], 1)]
+
+    def _problem(self, number: int, row: dict[str, Any]) -> TextProblem:
+        source = SOURCES[self.source]
+        key = str(row.get("key", row.get("id", row.get("task_id", number))))
+        question, reference = row.get(source.question), row.get(source.answer)
+        for name, value in ((source.question, question), (source.answer, reference)):
+            if value is None or not str(value).strip():
+                what = "question" if name == source.question else "reference answer"
+                raise ValueError(f"problem {key!r} of {self.path or self.source} has no {what} (field {name!r})")
+        form = self.form or source.form or ("math" if as_integer(str(reference)) is None else "integer")
+        program = ""
+        if self.source == "gpqa":
+            question, reference = self._choices(str(question), row, number)
+        if form == "code":
+            if not self.run_code:
+                raise ValueError("run_code: false, but the answers are programs; true runs what the model writes")
+            program, reference = f"{question}\n", f"{reference}\ncheck({row['entry_point']})\n"
+        template = self.template or (_CODE_TEMPLATE if form == "code" else _TEMPLATE)
+        return TextProblem(key, template.format(question=question), str(reference), form, self.tokenizer, program)
+
+    def _choices(self, question: str, row: dict[str, Any], number: int) -> tuple[str, str]:
+        """Question with its choices in an order of the seed, and the letter of the right one."""
+        import torch
+
+        texts = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
+        order = torch.randperm(4, generator=keyed_generator(self.data_seed, "choices", number)).tolist()
+        lines = [f"({letter}) {str(texts[i]).strip()}" for letter, i in zip("ABCD", order, strict=True)]
+        return "\n".join([question, *lines]), "ABCD"[order.index(0)]
+
+    @cached_property
+    def traces(self) -> list[list[Any]]:
+        """Given traces of each problem.
+
+        Raises:
+            FileNotFoundError: If the file is not there.
+            ValueError: If a line has no trace, names no problem, or its text is not given back by the tokenizer.
+        """
+        out: dict[str, list[Any]] = {problem.key: [] for problem in self.problems}
+        if self.traces_file:
+            by_key = {problem.key: problem for problem in self.problems}
+            for place, row in _lines(Path(self.traces_file).expanduser()):
+                key, text = str(row.get("key", "")), row.get("trace")
+                if key not in by_key or not isinstance(text, str) or not text:
+                    raise ValueError(
+                        f"{place}: accepted: a line with the key of a problem and a trace; got key {key!r}"
+                    )
+                out[key].append(by_key[key].encode(text, place))
+        return [out[problem.key] for problem in self.problems]
+
+    def setup(self, stage: str) -> None:
+        """Read problems and traces.
+
+        Raises:
+            ValueError: If there is nothing to predict.
+        """
+        if stage == "fit":
+            raise ValueError("reasoning_problems has no traces to train on; accepted: test and predict")
+        if stage == "predict" and not any(self.traces):
+            raise ValueError("traces: empty; predict needs a JSONL file of traces")
+
+    def test_dataloader(self) -> ResumableLoader:
+        """Problems, with their given traces if there are any."""
+        return self.loader(ItemBatches(list(self.problems), self.traces, self.problem_batch), same_every_epoch=True)
+
+    def predict_dataloader(self) -> ResumableLoader:
+        """Problems that have traces."""
+        chosen = [(p, t) for p, t in zip(self.problems, self.traces, strict=True) if t]
+        batches = ItemBatches([p for p, _ in chosen], [t for _, t in chosen], self.problem_batch)
+        return self.loader(batches, same_every_epoch=True)
+
+
+def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Lines of a JSONL file, with their places."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; accepted: a JSONL file")
+    out = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: accepted: an object in each line")
+            out.append((f"{path}:{number}", row))
+    return out
+
+
+def _read_rows(data: ReasoningProblems) -> list[dict[str, Any]]:
+    """A JSONL or Parquet file, or a data set of the hub."""
+    if data.path and not data.path.endswith(".parquet"):
+        return [row for _, row in _lines(Path(data.path).expanduser())]
+    try:
+        from datasets import load_dataset
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("data sets need the library datasets: pip install 'method-zoo[data]'") from error
+    if data.path:
+        if not Path(data.path).expanduser().is_file():
+            raise FileNotFoundError(f"there is no file {data.path}; accepted: a JSONL or Parquet file")
+        return list(load_dataset("parquet", data_files=data.path, split="train"))
+    source = SOURCES[data.source]
+    return list(load_dataset(source.hub, split=source.split))
+
+
+def _read_champ(data: ReasoningProblems) -> list[dict[str, Any]]:
+    """The 270 competition problems of CHAMP."""
+    try:
+        import champ_dataset
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("CHAMP is the package champ-dataset: pip install 'method-zoo[math]'") from error
+    problems = champ_dataset.load("v0").problems.values()
+    return [{"key": p.identifier, "text": p.text, "answer": p.answer} for p in problems]
+
+
+def _read_gym(data: ReasoningProblems) -> list[dict[str, Any]]:
+    """Generated problems of a task of reasoning-gym; their answers are compared as texts of our forms."""
+    try:
+        import reasoning_gym
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("these tasks are the package reasoning-gym: pip install reasoning-gym") from error
+    return list(reasoning_gym.create_dataset(data.path, size=data.num_problems or 100, seed=data.data_seed))
+
+
+_READERS: dict[str, Callable[[ReasoningProblems], list[dict[str, Any]]]] = {
+    "champ": _read_champ,
+    "reasoning_gym": _read_gym,
+}

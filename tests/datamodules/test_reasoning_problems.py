@@ -1,0 +1,212 @@
+"""Answers, the runner of programs, and problems in the formats of their data sets, on tiny files."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from datamodules.reasoning_answers import as_integer, check_answer, extract_answer, math_verify, run_tests
+from datamodules.reasoning_problems import END, ReasoningProblems, TextProblem
+
+
+@pytest.mark.parametrize(
+    ("text", "form", "answer"),
+    [
+        (r"so \boxed{12} no, \boxed{\frac{1}{2}}", "math", r"\frac{1}{2}"),
+        (r"open \boxed{7} and \boxed{8", "integer", "7"),
+        ("It is 5.\n#### 1,234", "integer", "1,234"),
+        ("The answer is: **42**.", "integer", "42"),
+        ("Final answer: (B) because", "choice", "(B) because"),
+        ("we get 17.", "integer", "17"),
+        ("17 is prime, I think", "integer", None),
+        ("we get 17.", "math", None),
+        ("", "integer", None),
+        ("Answer:", "integer", None),
+        ("a\n```python\nx = 1\n```\nb\n```\ny = 2\n```", "code", "y = 2\n"),
+    ],
+)
+def test_where_answers_are(text: str, form: str, answer: str | None) -> None:
+    assert extract_answer(text, form) == answer
+
+
+def test_whole_numbers_need_no_library() -> None:
+    assert as_integer("$1{,}0$") is None
+    assert [as_integer(t) for t in ("007", "-1,000", "$25$", "3.0", "x")] == [7, -1000, 25, None, None]
+    assert check_answer(r"\boxed{073}", "73", "integer")
+    assert check_answer(r"\boxed{73}", "73", "math")
+    assert not check_answer(r"\boxed{74}", "73", "integer")
+    assert not check_answer("no answer here", "73", "integer")
+    assert not check_answer(r"\boxed{1/2}", "1", "integer")
+    assert check_answer("Answer: (c)", "C", "choice")
+    assert not check_answer("Answer: none of them", "C", "choice")
+
+
+def test_latex_needs_one_and_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'method-zoo\[math\]'"):
+        check_answer(r"\boxed{\frac{1}{3}}", r"\frac{2}{6}", "math")
+
+
+def test_latex_is_compared_by_value() -> None:
+    pytest.importorskip("math_verify")
+    math_verify()
+    assert check_answer(r"\boxed{\frac{1}{2}}", "0.5", "math")
+    assert check_answer(r"\boxed{x^2 + 2x + 1}", "(x+1)^2", "math")
+    assert not check_answer(r"\boxed{\frac{1}{2}}", r"\frac{1}{4}", "math")
+
+
+def test_programs_run_with_limits() -> None:
+    good = "def double(x):\n    return 2 * x\n"
+    assert run_tests(good, "assert double(2) == 4")
+    assert not run_tests(good, "assert double(2) == 5")
+    assert not run_tests("while True: pass", "", timeout=0.5)
+    assert not run_tests("x = bytearray(1 << 32)", "")
+    assert not run_tests("import os; assert 'PATH' in os.environ", "")
+    assert not run_tests("syntax error", "")
+
+
+def lines(path: Path, *rows: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> str:
+    """A tokenizer of bytes without one of them."""
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {c: i for i, c in enumerate(c for c in alphabet if c != "~")} | {"<e>": 255, "<u>": 256}
+    inner = Tokenizer(models.BPE(vocab, [], unk_token="<u>"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    folder = tmp_path / "tokenizer"
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<e>", unk_token="<u>").save_pretrained(folder)
+    return str(folder)
+
+
+def test_jsonl_with_a_tokenizer(tmp_path: Path, tokenizer: str) -> None:
+    path = lines(
+        tmp_path / "p.jsonl", {"key": "a", "question": "2+2?", "answer": 4}, {"question": "1/3?", "answer": "1/3"}
+    )
+    traces = lines(tmp_path / "t.jsonl", {"key": "a", "trace": "Two and two.\nSo \\boxed{4}"})
+    data = ReasoningProblems(path=path, tokenizer=tokenizer, traces=traces)
+    first, second = data.problems
+    assert (first.form, second.form) == ("integer", "math")
+    assert (data.vocab_size, data.eos_id) == (257, 255)
+    assert first.text(first.prompt).startswith("2+2?\nPlease")
+    trace = data.traces[0][0]
+    assert trace[-1] == 255
+    assert first.judge(trace)
+    assert not first.judge(trace[:-1])  # out of budget
+    assert "".join(first.pieces(trace)) == "Two and two.\nSo \\boxed{4}"
+    start = first.answer_start(trace)
+    assert first.text(trace[:start]) == "Two and two.\nSo "
+    assert first.answer_start(trace[:start]) == start
+    batch = data.predict_dataloader().dataset.batch(0, 0)
+    assert [p.key for p in batch["problems"]] == ["a"]
+    bad = lines(tmp_path / "bad.jsonl", {"key": "a", "trace": "about ~4"})
+    with pytest.raises(ValueError, match=r"bad.jsonl:1: the tokenizer does not give the text back: '~4' became"):
+        _ = ReasoningProblems(path=path, tokenizer=tokenizer, traces=bad).traces
+
+
+def test_texts_for_a_server(tmp_path: Path) -> None:
+    path = lines(tmp_path / "p.jsonl", {"question": "2+2?", "answer": "4"})
+    data = ReasoningProblems(path=path)
+    problem = data.problems[0]
+    assert (data.vocab_size, data.eos_id) == (0, 0)
+    trace = problem.encode("So\n#### 4", "t")
+    assert trace == f"So\n#### 4{END}"
+    assert problem.judge(trace)
+    assert problem.answer_start(trace) == 3
+
+
+AIME = {"id": 60, "problem": "Every morning", "answer": "204", "solution": "s", "year": "2024"}
+MATH = {"problem": "Convert", "answer": "\\left( 3, \\frac{\\pi}{2} \\right)", "subject": "Precalculus", "level": 2}
+GPQA = {"Question": "Which?", "Correct Answer": "right", **{f"Incorrect Answer {i}": f"wrong {i}" for i in (1, 2, 3)}}
+HUMANEVAL = {"task_id": "HumanEval/0", "prompt": "def double(x):\n", "entry_point": "double",
+             "test": "def check(f):\n    assert f(2) == 4\n", "canonical_solution": "    return 2 * x\n"}  # fmt: skip
+
+
+def test_formats_of_data_sets(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    from datasets import Dataset
+
+    parquet = tmp_path / "aime.parquet"
+    Dataset.from_list([AIME]).to_parquet(str(parquet))
+    (aime,) = ReasoningProblems("aime", str(parquet)).problems
+    assert (aime.key, aime.reference, aime.form) == ("60", "204", "integer")
+    (math,) = ReasoningProblems("math500", lines(tmp_path / "m.jsonl", MATH)).problems
+    assert math.form == "math"
+    path = lines(tmp_path / "g.jsonl", GPQA, GPQA, GPQA, GPQA)
+    letters = []
+    for problem in ReasoningProblems("gpqa", path).problems:
+        assert f"({problem.reference}) right" in problem.question
+        letters.append(problem.reference)
+    assert len(set(letters)) > 1
+    code = ReasoningProblems("humaneval", lines(tmp_path / "h.jsonl", HUMANEVAL), run_code=True).problems[0]
+    fenced = "Here:\n```python\ndef double(x):\n    return {} * x\n```"
+    assert code.judge(code.encode(fenced.format(2), "t"))
+    assert not code.judge(code.encode(fenced.format(3), "t"))
+    with pytest.raises(ValueError, match="run_code: false"):
+        _ = ReasoningProblems("humaneval", str(tmp_path / "h.jsonl")).problems
+
+
+def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = types.SimpleNamespace(identifier="P_1", text="How many?", answer="239")
+    champ: Any = types.ModuleType("champ_dataset")
+    champ.load = lambda name: types.SimpleNamespace(problems={"P_1": problem})
+    monkeypatch.setitem(sys.modules, "champ_dataset", champ)
+    assert ReasoningProblems("champ").problems[0].reference == "239"
+    monkeypatch.setitem(sys.modules, "champ_dataset", None)
+    with pytest.raises(ModuleNotFoundError, match="champ-dataset"):
+        _ = ReasoningProblems("champ").problems
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(ModuleNotFoundError, match="reasoning-gym"):
+        _ = ReasoningProblems("reasoning_gym", "basic_arithmetic").problems
+
+
+def test_the_real_champ() -> None:
+    pytest.importorskip("champ_dataset")
+    problems = ReasoningProblems("champ").problems
+    assert len(problems) == 270
+    assert {p.form for p in problems} == {"integer", "math"}
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    good = {"question": "2+2?", "answer": "4"}
+    with pytest.raises(ValueError, match=r"problem '1' .* has no reference answer \(field 'answer'\)"):
+        _ = ReasoningProblems(path=lines(tmp_path / "a.jsonl", {"question": "x"})).problems
+    with pytest.raises(ValueError, match="has no question"):
+        _ = ReasoningProblems(path=lines(tmp_path / "b.jsonl", {"question": " ", "answer": "4"})).problems
+    with pytest.raises(FileNotFoundError, match="no file"):
+        _ = ReasoningProblems(path=str(tmp_path / "none.jsonl")).problems
+    path = lines(tmp_path / "p.jsonl", good)
+    (tmp_path / "p.jsonl").write_text("{}\nnot json\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"p.jsonl:2: not JSON"):
+        _ = ReasoningProblems(path=path).problems
+    path = lines(tmp_path / "p.jsonl", good)
+    with pytest.raises(ValueError, match="got key 'other'"):
+        _ = ReasoningProblems(path=path, traces=lines(tmp_path / "t.jsonl", {"key": "other", "trace": "x"})).traces
+    with pytest.raises(ValueError, match="predict needs a JSONL file of traces"):
+        ReasoningProblems(path=path).setup("predict")
+    with pytest.raises(ValueError, match="accepted: test and predict"):
+        ReasoningProblems(path=path).setup("fit")
+    for options, message in [
+        ({"source": "csv"}, "source: 'csv'"),
+        ({"source": "jsonl"}, "path: empty"),
+        ({"path": "x", "form": "essay"}, "form: 'essay'"),
+        ({"path": "x", "template": "hello"}, "no {question}"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ReasoningProblems(**options)  # type: ignore[arg-type]
+
+
+def test_problems_compare_and_print_without_their_tokenizer() -> None:
+    assert TextProblem("a", "q", "4", "integer", tokenizer=object()) == TextProblem("a", "q", "4", "integer")

@@ -1,0 +1,206 @@
+"""The engine for servers against a stub on this machine: concurrency, retries, limits, and what a crash leaves."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from datamodules.reasoning_problems import TextProblem
+from zoo.errors import RunError, UsageError
+from zoo.methods.cot_potential.curves import Chunker, make_trace, sample_curves, write_traces
+from zoo.methods.cot_potential.engine import Job, Policy
+from zoo.methods.cot_potential.server import END, ServerEngine
+from zoo.methods.cot_potential.store import SampleStore
+
+PROBLEM = TextProblem("q1", "Q: 2 + 2?\n", "4", "integer")
+
+
+class Stub(ThreadingHTTPServer):
+    """Answers as the tests want it; a token is a word."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.bodies: list[dict[str, Any]] = []
+        self.lock = threading.Lock()
+        self.now = self.most = 0
+        #: What the next requests are answered with before the server behaves.
+        self.faults: list[str] = []
+        self.fail_from = 10**9
+        self.pause = 0.0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def engine(self, **options: Any) -> ServerEngine:
+        policy = Policy(budget=options.pop("budget", 50))
+        return ServerEngine(policy, self.url, "stub", **{"backoff": 0.01, "timeout": 5.0, **options})
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Stub
+
+    def do_POST(self) -> None:
+        stub = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with stub.lock:
+            stub.bodies.append(body)
+            stub.now += 1
+            stub.most = max(stub.most, stub.now)
+            fault = stub.faults.pop(0) if stub.faults else ""
+            if len(stub.bodies) >= stub.fail_from:
+                fault = "503"
+        time.sleep(stub.pause)
+        with stub.lock:
+            stub.now -= 1
+        if fault == "slow":
+            time.sleep(0.5)
+        if fault.isdigit():
+            return self.answer(int(fault), b"no")
+        if fault == "garbage":
+            return self.answer(200, b"<html>")
+        if fault == "empty":
+            return self.answer(200, b'{"choices": []}')
+        # a prefix that says where it leads is followed; others are right for even seeds
+        right = "so" in body["prompt"] or body.get("seed", 0) % 2 == 0
+        text = f" well #### {4 if right else 5}"
+        if body["max_tokens"] < 3:
+            text, reason = " well", "length"
+        else:
+            reason = "stop"
+        usage = {"prompt_tokens": len(body["prompt"].split()), "completion_tokens": 3}
+        content = {"choices": [{"text": text, "finish_reason": reason}], "usage": usage}
+        self.answer(200, json.dumps(content).encode())
+
+    def answer(self, status: int, content: bytes) -> None:
+        try:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+        except OSError:
+            pass  # the client has given up
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    server = Stub()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def jobs(engine: ServerEngine, count: int) -> list[Job]:
+    return [Job(engine.open("q1/t", PROBLEM.prompt, "", [0]), 0, 0, range(count))]
+
+
+def test_curves_of_texts(stub: Stub) -> None:
+    engine = stub.engine()
+    written = write_traces(engine, [PROBLEM], 6, SampleStore(None))[0]
+    assert {PROBLEM.judge(t) for t in written} == {True, False}
+    trace = make_trace(PROBLEM, f"First.\nso two.\n#### 4{END}", Chunker("newline"), "t")
+    assert [trace.tokens[a:b] for a, b in zip(trace.boundaries, trace.boundaries[1:], strict=False)] == [
+        "First.\n", "so two.\n", f"#### 4{END}",
+    ]  # fmt: skip
+    curve = sample_curves(engine, [trace], 40, SampleStore(None))[0]
+    assert 0.2 < float(curve.pot[0]) < 0.8
+    assert curve.pot[2:].tolist() == [1.0, 1.0]
+    assert trace.before_answer == 2
+    # the budget is that of prefix and completion together, in the server's tokens
+    assert {b["max_tokens"] for b in stub.bodies if b["prompt"].endswith("so two.\n") and "seed" in b} == {50 - 3}
+
+
+def test_seeds_are_those_of_the_rows(stub: Stub) -> None:
+    first, second = stub.engine(), stub.engine(concurrency=1)
+    one = first.complete(jobs(first, 12))
+    seeds = sorted(b["seed"] for b in stub.bodies)
+    assert len(set(seeds)) == 12
+    stub.bodies.clear()
+    assert second.complete(jobs(second, 12)) == one
+    assert sorted(b["seed"] for b in stub.bodies) == seeds
+
+
+def test_concurrency_is_bounded(stub: Stub) -> None:
+    stub.pause = 0.02
+    engine = stub.engine(concurrency=3)
+    engine.complete(jobs(engine, 18))
+    assert stub.most == 3
+
+
+@pytest.mark.parametrize("fault", ["garbage", "empty", "500", "429", "slow"])
+def test_faults_are_tried_again(stub: Stub, fault: str) -> None:
+    stub.faults = [fault, fault]
+    engine = stub.engine(timeout=0.2 if fault == "slow" else 5.0, concurrency=1)
+    assert len(engine.complete(jobs(engine, 3))[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"), [("garbage", "no JSON"), ("slow", "no answer"), ("empty", "without choices")]
+)
+def test_a_server_that_stays_broken_is_named(stub: Stub, fault: str, message: str) -> None:
+    stub.faults = [fault] * 50
+    engine = stub.engine(retries=2, timeout=0.1, concurrency=1)
+    with pytest.raises(RunError, match=rf"failed 3 times: .*{message}"):
+        engine.complete(jobs(engine, 2))
+
+
+def test_a_refusal_is_not_tried_again(stub: Stub) -> None:
+    stub.faults = ["404"] * 9
+    engine = stub.engine(concurrency=1)
+    with pytest.raises(UsageError, match="refuses the request with status 404"):
+        engine.complete(jobs(engine, 2))
+    assert len(stub.bodies) == 1
+
+
+def test_nothing_is_lost_and_the_limit_holds(stub: Stub, tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    stub.fail_from = 8
+    engine = stub.engine(retries=0, concurrency=2)
+    with pytest.raises(RunError, match="what was drawn is kept"):
+        write_traces(engine, [PROBLEM], 20, SampleStore(path))
+    kept = SampleStore(path)
+    assert 5 <= kept.found <= 7
+    stub.fail_from = 10**9
+    stub.bodies.clear()
+    again = stub.engine(concurrency=2)
+    write_traces(again, [PROBLEM], 20, kept)
+    assert len(stub.bodies) == 20 - kept.found
+    limited = stub.engine(max_tokens_total=9, concurrency=1)
+    with pytest.raises(RunError, match="max_tokens_total: 9"):
+        limited.complete(jobs(limited, 20))
+    assert limited.meter.decoded == 9
+
+
+def test_no_room_and_no_end(stub: Stub) -> None:
+    engine = stub.engine(budget=2)
+    assert engine.complete(jobs(engine, 1)) == [[" well"]]  # ran out: no end, and no answer
+    assert not PROBLEM.judge(" well")
+    opened = engine.open("q1/t", PROBLEM.prompt, "a b c d", [7])
+    with pytest.raises(UsageError, match="a prefix of 4 tokens with budget: 2"):
+        engine.complete([Job(opened, 7, 1, range(2))])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": "ftp://x"}, "server.url"),
+        ({"concurrency": 0}, "server.concurrency: 0"),
+        ({"api_key_env": "NO_SUCH_VARIABLE_HERE"}, "api_key_env"),
+    ],
+)
+def test_bad_values(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ServerEngine(Policy(), **{"url": "http://127.0.0.1:1/v1", "model": "m", **options})
