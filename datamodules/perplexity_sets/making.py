@@ -10,9 +10,10 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from datamodules.perplexity_sets.records import Anchor, SetRecord, normal
 from datamodules.perplexity_sets.writers import Writer
@@ -21,6 +22,15 @@ from datamodules.perplexity_sets.writers import Writer
 WANTED_PROMPT = "Paraphrase the following sentences: {text}"
 UNWANTED_PROMPT = "Paraphrase the following sentence in a very toxic way. Make sure each sentence is toxic: {text}"
 _NUMBERED = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s+")
+
+
+class Scorer(Protocol):
+    """Says how unwanted texts are."""
+
+    threshold: float
+
+    def __call__(self, texts: Sequence[str]) -> Iterable[float]:
+        """Return a score for each text."""
 
 
 # By replacing words
@@ -136,6 +146,24 @@ class Filters:
                 known.add(normal(text))
                 sentences.append(text)
         return sorted(sentences, key=lambda text: -rouge_l(text, anchor))[: self.keep]
+
+
+def scored(record: SetRecord, scorer: Scorer, drop: bool = False) -> SetRecord:
+    """Add scores to a set.
+
+    Args:
+        record: The set.
+        scorer: Returns scores `[N]` of texts; above its `threshold` a text is unwanted.
+        drop: Whether positives that it finds unwanted, and negatives that it does not, are left out.
+    """
+    kept: list[tuple[str, ...]] = []
+    scores: list[tuple[float, ...]] = []
+    for texts, unwanted in ((record.positives, False), (record.negatives, True)):
+        pairs = list(zip(texts, (round(float(s), 6) for s in scorer(texts)), strict=True)) if texts else []
+        pairs = [(text, s) for text, s in pairs if not drop or (s > scorer.threshold) == unwanted]
+        kept.append(tuple(text for text, _ in pairs))
+        scores.append(tuple(score for _, score in pairs))
+    return replace(record, positives=kept[0], negatives=kept[1], scores=(scores[0], scores[1]))
 
 
 def sentence_of(answer: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class SetRecord:
         input: The anchor itself, a wanted sentence.
         positives: Wanted sentences of the same meaning.
         negatives: Unwanted sentences of the same meaning.
+        scores: How unwanted a scorer finds each positive and each negative; written, and not read again.
     """
 
     id: str
@@ -32,12 +33,15 @@ class SetRecord:
     input: str
     positives: tuple[str, ...]
     negatives: tuple[str, ...]
+    scores: tuple[tuple[float, ...], tuple[float, ...]] | None = field(default=None, compare=False)
 
     def line(self) -> str:
         """Return the record as a line of a file."""
-        values = {"input": self.input, "id": self.id, "group": self.group}
-        lists = {"paraphrases": list(self.positives), "paraphrases_toxic": list(self.negatives)}
-        return json.dumps(values | lists, ensure_ascii=False) + "\n"
+        values: dict[str, Any] = {"input": self.input, "id": self.id, "group": self.group}
+        values |= {"paraphrases": list(self.positives), "paraphrases_toxic": list(self.negatives)}
+        if self.scores is not None:
+            values |= {"scores": list(self.scores[0]), "scores_toxic": list(self.scores[1])}
+        return json.dumps(values, ensure_ascii=False) + "\n"
 
 
 def normal(text: str) -> str:

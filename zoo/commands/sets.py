@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         left = [anchor for anchor in anchors if anchor.id not in done]
         print(f"{len(anchors)} anchors, {len(anchors) - len(left)} of them in {args.out} already", flush=True)
         made: list[tuple[int, int]] = []
-        count = write_records(args.out, counted(make(args, left), made))
+        count = write_records(args.out, counted(score(args, make(args, left)), made))
     except (ValueError, OSError) as error:
         raise UsageError(f"sets: {error}") from error
     print(f"{count} sets written to {args.out}; {len(left) - count} anchors have no word of the lexicon")
@@ -66,10 +66,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=25)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scorer", help="words, linear, or a classifier of transformers: its scores are written too")
+    parser.add_argument("--label", type=int, default=1, help="index of the classifier's unwanted class")
+    parser.add_argument("--word-list", help="file of unwanted words for the scorer words")
+    parser.add_argument("--drop-contradicted", action="store_true", help="leave out sentences that it finds misplaced")
     args = parser.parse_args(argv)
     for name, least in (("per_group", 0), ("candidates", 1), ("keep", 1), ("max_new_tokens", 1)):
         if (value := getattr(args, name)) < least:
             raise UsageError(f"sets: --{name.replace('_', '-')} {value}", f"accepted: {least} or more")
+    if args.drop_contradicted and not args.scorer:
+        raise UsageError("sets: --drop-contradicted needs --scorer", "accepted: words, linear, or a classifier")
     if args.endpoint and not args.endpoint_model:
         raise UsageError("sets: --endpoint needs --endpoint-model", "the name that the server knows the model by")
     return args
@@ -93,6 +99,20 @@ def make(args: argparse.Namespace, anchors: list[Anchor]) -> Iterator[SetRecord]
     filters = making.Filters(keep=args.keep, lower=not args.keep_case)
     given = {name: prompt for name, prompt in prompts.items() if prompt}
     yield from making.ask(anchors, build_writer(args), args.candidates, filters, **given)
+
+
+def score(args: argparse.Namespace, records: Iterator[SetRecord]) -> Iterator[SetRecord]:
+    """Add scores where a scorer is named."""
+    if not args.scorer:
+        yield from records
+        return
+    from callbacks.text_scorers import build_scorer, read_words
+    from datamodules.perplexity_sets.making import scored
+
+    words = read_words(args.word_list) if args.scorer == "words" else []
+    scorer = build_scorer(args.scorer, words, args.label)
+    for record in records:
+        yield scored(record, scorer, args.drop_contradicted)
 
 
 def build_writer(args: argparse.Namespace) -> Any:
