@@ -362,7 +362,7 @@ def _read_gym(data: ReasoningProblems) -> list[dict[str, Any]]:
     try:
         import reasoning_gym
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("these tasks are the package reasoning-gym: pip install reasoning-gym") from error
+        raise ModuleNotFoundError("these tasks are the package reasoning-gym: pip install 'method-zoo[reasoning]'") from error
     return list(reasoning_gym.create_dataset(data.path, size=data.num_problems or 100, seed=data.data_seed))
 
 

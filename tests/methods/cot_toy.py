@@ -72,20 +72,25 @@ def next_tokens(problem: ChainProblem, trace: Sequence[int]) -> dict[int, float]
 
 
 class TabularLM(nn.Module):
-    """A model whose cache keeps the tokens themselves and whose logits are the logarithms of the tables."""
+    """A model whose cache keeps the tokens themselves and whose logits are the logarithms of the tables.
 
-    def __init__(self, problem: ChainProblem) -> None:
+    Args:
+        problems: What it knows; their prompts differ and are equally long.
+    """
+
+    def __init__(self, *problems: ChainProblem) -> None:
         super().__init__()
-        self.problem, self.calls = problem, 0
+        self.problems = {tuple(problem.prompt): problem for problem in problems}
         self.place = nn.Parameter(torch.zeros(1), requires_grad=False)
 
     @functools.lru_cache(maxsize=100_000)  # noqa: B019 - lives as long as a test
-    def row(self, trace: tuple[int, ...]) -> Tensor:
-        probabilities = torch.zeros(len(self.problem.task.words), dtype=torch.float64)
-        if trace and trace[-1] == self.problem.task.ids["EOS"]:
+    def row(self, prompt: tuple[int, ...], trace: tuple[int, ...]) -> Tensor:
+        problem = self.problems[prompt]
+        probabilities = torch.zeros(len(problem.task.words), dtype=torch.float64)
+        if problem.task.ids["EOS"] in trace:
             probabilities[-1] = 1  # rows that have ended are carried along
         else:
-            for token, probability in next_tokens(self.problem, trace).items():
+            for token, probability in next_tokens(problem, trace).items():
                 probabilities[token] = probability
         return probabilities.log()
 
@@ -98,24 +103,22 @@ class TabularLM(nn.Module):
         use_cache: bool = True,
         logits_to_keep: Any = 0,
     ) -> Any:
-        self.calls += 1
         cache = DynamicCache() if past_key_values is None else past_key_values
         stored = input_ids[:, None, :, None].double()
         tokens = cache.update(stored, stored, 0)[0][:, 0, :, 0].long()
-        new, prompt = input_ids.shape[1], len(self.problem.prompt)
-        total = tokens.shape[1]
-        where = range(total - new, total)
+        new, total = input_ids.shape[1], tokens.shape[1]
+        where = list(range(total - new, total))
         if isinstance(logits_to_keep, Tensor):
             where = [total - new + int(i) for i in logits_to_keep]
         elif logits_to_keep:
-            where = list(where)[-logits_to_keep:]
-        rows = []
+            where = where[-logits_to_keep:]
+        length, rows = len(next(iter(self.problems))), []
         for b, own in enumerate(tokens.tolist()):
             start = 0 if attention_mask is None else int((attention_mask[b] == 0).sum())
-            # once a row has ended, what it is fed with is of no interest
-            rows.append(torch.stack([self._safe(tuple(own[start + prompt : i + 1])) for i in where]))
+            prompt, begin = tuple(own[start : start + length]), start + length
+            # in the midst of the prompt there is nothing to be said
+            spots = [tuple(own[begin : i + 1]) for i in where if i >= begin - 1]
+            known = [self.row(prompt, trace) for trace in spots]
+            blank = [torch.zeros(len(self.problems[prompt].task.words), dtype=torch.float64)]
+            rows.append(torch.stack(blank * (len(where) - len(known)) + known))
         return SimpleNamespace(logits=torch.stack(rows), past_key_values=cache)
-
-    def _safe(self, trace: tuple[int, ...]) -> Tensor:
-        end = self.problem.task.ids["EOS"]
-        return self.row((*trace[: trace.index(end)], end) if end in trace else trace)

@@ -40,37 +40,16 @@ LM = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hi
 CHUNKER = Chunker("step_token", token="SEP")
 
 
-class ManyProblems(TabularLM):
-    """The tables of several problems, told apart by their prompts."""
-
-    def __init__(self, problems: list[ChainProblem]) -> None:
-        super().__init__(problems[0])
-        self.tables = torch.nn.ModuleList(TabularLM(p) for p in problems)
-
-    def forward(self, input_ids: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        # rows of one problem at a time: each job is a batch of its own in these tests
-        if past_key_values is None:
-            prompt = input_ids[0, : len(self.problem.prompt)].tolist()
-            table = next(t for t in self.tables if t.problem.prompt == prompt)
-        else:
-            prompt = past_key_values.layers[0].keys[0, 0, :, 0].long().tolist()
-            table = next(t for t in self.tables if prompt[: len(t.problem.prompt)] == t.problem.prompt)
-        return table(input_ids, past_key_values=past_key_values, **kwargs)
-
-
 @pytest.fixture(scope="module")
 def problems() -> list[ChainProblem]:
     return [ChainProblem(TASK, start, PROBLEM.ops, WRITER, f"p{start}") for start in range(5)]
 
 
-def bench_of(problems: list[ChainProblem], **settings: Any) -> Bench:
-    model = ManyProblems(problems)
-    # one row at a time would be slow: a job has its own batch because its rows fill `max_rows`
-    n = settings.get("samples", 32)
-    sizes = {"pass_samples": n, "guess_samples": n, "traces_per_problem": n, "choice_samples": n, "candidates": n}
-    engine = LocalEngine(model, [TASK.ids["EOS"]], Policy(budget=60), max_rows=n)
-    chosen = Settings(**{"samples": n, **sizes, **settings})
-    return Bench(engine, SampleStore(None), CHUNKER, Thresholds(), chosen, [TASK.ids["SEP"]], False, model=model)
+def bench_of(problems: list[ChainProblem], n: int = 32) -> Bench:
+    model = TabularLM(*problems)
+    engine = LocalEngine(model, [TASK.ids["EOS"]], Policy(budget=60))
+    settings = Settings(n, traces_per_problem=40, pass_samples=n, guess_samples=n, candidates=8, choice_samples=n)
+    return Bench(engine, SampleStore(None), CHUNKER, Thresholds(), settings, [TASK.ids["SEP"]], model=model)
 
 
 def test_training_sees_the_trace_and_not_the_prompt() -> None:
@@ -93,7 +72,7 @@ def test_training_sees_the_trace_and_not_the_prompt() -> None:
 
 
 def test_studies_of_exact_tables(problems: list[ChainProblem]) -> None:
-    bench = bench_of(problems, samples=48)
+    bench = bench_of(problems, 48)
     traces = correct_traces(bench, problems, [[] for _ in problems])
     assert len(traces) == len(problems)
     assert all(t.correct for t in traces)
@@ -117,7 +96,7 @@ def test_studies_of_exact_tables(problems: list[ChainProblem]) -> None:
 
 
 def test_optimised_traces_beat_natural_ones(problems: list[ChainProblem]) -> None:
-    bench = bench_of(problems, samples=24)
+    bench = bench_of(problems, 24)
     metrics = all_metrics({"optimise": study_optimise(bench, problems)})
     assert metrics["optimised_final_potential"] == 1
     assert metrics["natural_final_potential"] < 1

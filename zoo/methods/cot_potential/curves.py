@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,9 +95,14 @@ class Trace:
         return max(i for i, t in enumerate(self.boundaries) if t <= start and (i == 0 or t < len(self.tokens)))
 
 
+def trace_key(problem: Problem, tokens: Any, name: str) -> str:
+    """Name of a trace, made of question and tokens too: completions of another one are never taken for its own."""
+    return f"{problem.key}/{name}-{zlib.crc32(repr((problem.prompt, tokens)).encode()):08x}"
+
+
 def make_trace(problem: Problem, tokens: Any, chunker: Chunker, name: str) -> Trace:
     """Cut a trace."""
-    return Trace(problem, tokens, tuple(chunker(problem, tokens)), f"{problem.key}/{name}")
+    return Trace(problem, tokens, tuple(chunker(problem, tokens)), trace_key(problem, tokens, name))
 
 
 @dataclass(frozen=True)
@@ -237,7 +243,7 @@ def write_traces(
     Returns:
         Tokens of the traces, `count` for each problem.
     """
-    asked = [Trace(problem, problem.prompt[:0], (0,), f"{problem.key}/{name}") for problem in problems]
+    asked = [Trace(p, p.prompt[:0], (0,), trace_key(p, p.prompt[:0], name)) for p in problems]
     opened = [engine.open(t.key, t.problem.prompt, t.tokens, [0]) for t in asked]
     drawn = _draw(
         engine, store, {i: (o, t, 0, range(count)) for i, (o, t) in enumerate(zip(opened, asked, strict=True))}

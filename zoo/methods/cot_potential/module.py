@@ -283,7 +283,7 @@ class CoTPotential(LightningModule):
             meter = getattr(bench.engine, "meter", None)
             if meter is not None:
                 metrics[f"{name}_decoded_tokens"] = float(meter.decoded)
-        self.log_dict({f"test/{name}": value for name, value in metrics.items()}, sync_dist=False)
+        self.log_dict({f"test/{name}": value for name, value in metrics.items()}, sync_dist=True)
         self._write()
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[Row]:

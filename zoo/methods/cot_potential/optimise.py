@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from zoo.methods.cot_potential.curves import Chunker, Problem, Trace, sample_curves
+from zoo.methods.cot_potential.curves import Chunker, Problem, Trace, sample_curves, trace_key
 from zoo.methods.cot_potential.engine import Job, Sampler
 from zoo.methods.cot_potential.store import SampleStore
 
@@ -57,31 +57,24 @@ def optimise_traces(
             break
         jobs = []
         for i in live:
-            s = states[i]
-            key = f"{s.problem.key}/opt{candidates}-{step}"
-            cut = len(s.tokens)
+            s, cut = states[i], len(states[i].tokens)
+            key = trace_key(s.problem, s.tokens, f"opt{candidates}-{step}")
             jobs.append(Job(engine.open(key, s.problem.prompt, s.tokens, [cut]), cut, 0, range(candidates)))
         drawn = dict(zip(live, _chunks(engine, jobs, store, chunk_tokens, stop), strict=True))
-        choices = {i: _distinct(states[i], drawn[i], step < least_chunks) for i in live}
-        trials: list[Trace] = []
-        for i in live:
-            s = states[i]
-            for number, chunk in enumerate(choices[i]):
-                tokens = s.tokens + chunk
-                # the end is no boundary that is known: the trace goes on from it
-                key = f"{s.problem.key}/opt{candidates}-{step}-{number}"
-                trials.append(Trace(s.problem, tokens, (0, len(tokens), len(tokens)), key))
-        open_trials = [t for t in trials if not _ended(t, engine)]
-        curves = sample_curves(engine, open_trials, count, store, points=[[1]] * len(open_trials))
-        scores = {t.key: float(t.correct) for t in trials} | {c.trace.key: float(c.pot[1]) for c in curves}
-        for i in live:
-            s = states[i]
-            keys = [f"{s.problem.key}/opt{candidates}-{step}-{n}" for n in range(len(choices[i]))]
-            best = max(range(len(keys)), key=lambda n: (scores[keys[n]], -n))
-            s.tokens = s.tokens + choices[i][best]
-            s.boundaries.append(len(s.tokens))
-            s.ended = _ended(Trace(s.problem, s.tokens, (0,), ""), engine)
-    return [Trace(s.problem, s.tokens, tuple(s.boundaries), f"{s.problem.key}/opt{candidates}") for s in states]
+        choices = {i: _trials(states[i], drawn[i], step < least_chunks) for i in live}
+        going = [t for own in choices.values() for t in own if not _ended(t, engine)]
+        curves = sample_curves(engine, going, count, store, points=[[1]] * len(going))
+        scores = {c.trace.key: float(c.pot[1]) for c in curves}
+        for i, own in choices.items():
+            # the first of equals: candidates are in the order of how often they were drawn
+            best = max(own, key=lambda t: scores.get(t.key, float(t.correct)))
+            states[i].tokens = best.tokens
+            states[i].boundaries.append(len(best.tokens))
+            states[i].ended = _ended(best, engine)
+    return [
+        Trace(s.problem, s.tokens, tuple(s.boundaries), trace_key(s.problem, s.tokens, f"opt{candidates}"))
+        for s in states
+    ]
 
 
 def _ended(trace: Trace, engine: Sampler) -> bool:
@@ -91,17 +84,21 @@ def _ended(trace: Trace, engine: Sampler) -> bool:
     return answered or len(tokens) >= engine.policy.budget
 
 
-def _distinct(state: _State, chunks: Sequence[Any], hold_back: bool) -> list[Any]:
-    """Different chunks, those drawn more often first; without answers if others are there."""
+def _trials(state: _State, chunks: Sequence[Any], hold_back: bool) -> list[Trace]:
+    """The trace with each different chunk, those drawn more often first; without answers if others are there."""
     order: list[Any] = []
     for chunk in chunks:
         if chunk not in order:
             order.append(chunk)
     order.sort(key=lambda chunk: -sum(chunk == other for other in chunks))
-    if hold_back:
-        waiting = [c for c in order if state.problem.answer_start(state.tokens + c) == len(state.tokens + c)]
-        order = waiting or order
-    return order
+    trials = []
+    for chunk in order:
+        tokens = state.tokens + chunk
+        # its end stands twice, as the end of a trace is no boundary that one can go on from
+        bounds = (0, len(tokens), len(tokens))
+        trials.append(Trace(state.problem, tokens, bounds, trace_key(state.problem, tokens, "trial")))
+    waiting = [t for t in trials if t.problem.answer_start(t.tokens) == len(t.tokens)]
+    return (waiting or trials) if hold_back else trials
 
 
 def _chunks(

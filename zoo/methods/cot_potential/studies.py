@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -134,13 +135,12 @@ def curve_row(curve: Curve, thresholds: Thresholds) -> Row:
     strict = find_events(pot, trace.before_answer, trace.correct, thresholds)
     tolerant = find_events(pot, trace.before_answer, trace.correct, thresholds, tolerance)
     low, high = curve.interval()
-    pieces = trace.problem.pieces(trace.tokens)
     row: Row = {
         "key": trace.key,
         "correct": trace.correct,
         "boundaries": list(trace.boundaries),
         "before_answer": trace.before_answer,
-        "chunks": [_joined(pieces[a:b]) for a, b in zip(trace.boundaries, trace.boundaries[1:], strict=False)],
+        "chunks": [trace.problem.text(trace.tokens[a:b]) for a, b in pairwise(trace.boundaries)],
         "pot": pot.tolist(),
         "low": low.tolist(),
         "high": high.tolist(),
@@ -159,12 +159,6 @@ def curve_row(curve: Curve, thresholds: Thresholds) -> Row:
             f"exact_{name}": bool(getattr(true, name)) for name in ("insights", "tangents", "late_guess", "monotone")
         }
     return row
-
-
-def _joined(pieces: Sequence[str]) -> str:
-    """Words with spaces between them, pieces of a text without."""
-    spaced = any(piece.startswith((" ", "\n")) or " " in piece for piece in pieces) or all(len(p) == 1 for p in pieces)
-    return ("" if spaced and len(pieces) > 1 else " ").join(pieces)
 
 
 def study_curves(bench: Bench, traces: Sequence[Trace]) -> list[Row]:
