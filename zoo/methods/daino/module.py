@@ -71,6 +71,12 @@ class Daino(ClusteringModule):
             "accumulation": "batch norm and the centre take the whole batch, which halves are not",
         },
         check_options={"ranks": {"model.mix_labelled": False}},
+        search={
+            "lr": {"min": 0.02, "max": 0.5, "log": True},
+            "tau": {"min": 0.05, "max": 0.3, "log": True},
+            "ema_momentum": {"values": [0.98, 0.99, 0.996]},
+        },
+        objective="maximize val/acc",
     )
 
     centre: Tensor

@@ -99,6 +99,12 @@ class NNCSL(pl.LightningModule):
         kind="vision, class-incremental",
         links={"num_classes": "num_classes", "num_tasks": "num_tasks", "in_channels": "in_channels"},
         skip_checks={"accumulation": "rows are compared with the supports of the whole batch, which halves are not"},
+        search={
+            "lr": {"min": 0.01, "max": 0.2, "log": True},
+            "w_dist": {"values": [0.0, 0.2, 1.0, 2.0]},
+            "tau": {"min": 0.05, "max": 0.3, "log": True},
+        },
+        objective="maximize val/acc",
     )
 
     def __init__(

@@ -87,6 +87,12 @@ class Suave(ClusteringModule):
         links={"num_classes": "num_classes", "in_channels": "in_channels"},
         check_options={"ranks": {"model.mix_labelled": False, "model.mix_unlabelled": False}},
         skip_checks={"accumulation": "assignments are balanced over the whole batch, which halves are not"},
+        search={
+            "lr": {"min": 0.02, "max": 0.5, "log": True},
+            "tau": {"min": 0.05, "max": 0.3, "log": True},
+            "epsilon": {"values": [0.02, 0.05, 0.1]},
+        },
+        objective="maximize val/acc",
     )
 
     def __init__(
