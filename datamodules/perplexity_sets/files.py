@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from datamodules.loading import ResumableLoader, ZooDataModule
@@ -200,7 +202,10 @@ class PerplexitySetFiles(ZooDataModule):
             raise ValueError(
                 "random_negatives: an anchor without negatives can give none; short_anchors drop and negatives 1"
             )
-        sets = Sets(self._pool([r.positives for r in train]), self._pool([r.negatives for r in train]), group)
+        pools = [self._pool([r.positives for r in train]), self._pool([r.negatives for r in train])]
+        longest = max(pool.tokens.shape[2] for pool in pools)
+        pools = [replace(p, tokens=F.pad(p.tokens, (0, longest - p.tokens.shape[2]), value=self.pad_id)) for p in pools]
+        sets = Sets(*pools, group)
         return SetBatches(sets, self.positives, self.negatives, self.random_negatives, self.batch_size, self.data_seed)
 
     def _heldout(self, split: str) -> list[SetRecord]:

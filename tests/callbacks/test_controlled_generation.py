@@ -396,7 +396,7 @@ def test_the_output_of_another_run_is_rewritten(tmp_path: Path) -> None:
     given: list[list[str]] = []
     generate = model.generate
     model.generate = lambda ids, *args: given.append(data.decode(ids)) or generate(ids, *args)  # type: ignore
-    callback = ControlledGeneration(source=str(tmp_path / "source.ckpt"), source_template="the soup is {text}")
+    callback = ControlledGeneration(source=str(tmp_path / "source.ckpt"), source_template="i think the soup {text}")
     values = run(callback, tmp_path, data, model)
     state = torch.random.get_rng_state()
     load_source(str(tmp_path / "source.ckpt"), model)
@@ -405,8 +405,8 @@ def test_the_output_of_another_run_is_rewritten(tmp_path: Path) -> None:
     assert values["test/source_unwanted_share"] == 1
     assert values["test/blackbox_unwanted_rate"] == 0
     assert values["test/unwanted_rate"] == 0
-    rewritten = [row for rows in given for row in rows if row.startswith("the soup is tox")]
-    assert rewritten == ["the soup is tox03 tox03 tox03 tox03"] * 5, "the unwanted prompts' continuations alone"
+    rewritten = [row for rows in given for row in rows if row.startswith("i think")]
+    assert rewritten == ["i think the soup tox03 tox03 tox03 tox03"] * 5, "the unwanted prompts' continuations alone"
 
 
 def test_the_output_of_a_model_with_another_tokenizer_is_rewritten(tmp_path: Path) -> None:

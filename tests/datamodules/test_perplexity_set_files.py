@@ -209,6 +209,7 @@ def test_a_run_on_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     options = ["--config", "contrastive_perplexity/smoke", "--run_dir", str(tmp_path / "run")]
     options += ["--data", "perplexity_set_files", "--data.train", files["train"], "--data.heldout", files["heldout"]]
     options += ["--data.val_share", "0.5", "--data.positives", "3", "--data.negatives", "3", "--trainer.max_steps", "3"]
+    options += ["--trainer.log_every_n_steps", "1"]
     options += ["--model.lm.max_position_embeddings", "256"]
     (tmp_path / "words.txt").write_text("tox01\ntox02\ntox03\ntoxes\ntoxed\n")
     callback = {"class_path": "controlled_generation", "init_args": {"word_list": str(tmp_path / "words.txt")}}
