@@ -73,7 +73,7 @@ def grid_command(argv: list[str]) -> int:
 
 
 def default_config(name: str) -> str:
-    """Return the GPU config of a method on a machine with one, else the config of its first run for the claims.
+    """Return the GPU config of a method on a machine with one, else the config of the first fit for its claims.
 
     Raises:
         UsageError: If the method ships no config.
@@ -86,7 +86,8 @@ def default_config(name: str) -> str:
     if torch.cuda.is_available() and f"{name}/gpu" in shipped:
         return f"{name}/gpu"
     if name in claims_files():
-        return next(iter(load_plan(claims_files()[name][0]).runs.values())).configs[0]
+        runs = load_plan(claims_files()[name][0]).runs.values()
+        return next((run for run in runs if "fit" in run.commands), next(iter(runs))).configs[0]
     if f"{name}/smoke" not in shipped:
         names = {key.partition("/")[0] for key in shipped}
         raise UsageError(f"{name!r} has no configs", did_you_mean(name, names))
