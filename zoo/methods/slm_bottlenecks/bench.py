@@ -94,7 +94,21 @@ def load_grid(name: str, changes: Mapping[str, Any]) -> Grid:
         if not content:
             raise UsageError(f"{path}: model.init_args.grid is missing", "the paper's points: zoo test --config "
                              "slm_bottlenecks/replay")  # fmt: skip
+    check_prices(content.get("prices"), str(path))
     return read_grid(content, str(path), **changes)
+
+
+def check_prices(prices: Any, where: str) -> None:
+    """See that prices are a mapping of numbers.
+
+    Raises:
+        UsageError: If they are not.
+    """
+    if prices is not None and not isinstance(prices, Mapping):
+        raise UsageError(f"{where}: prices: {prices!r} is not accepted", "prices: {NAME: dollars an hour}")
+    for gpu, price in (prices or {}).items():
+        if isinstance(price, bool) or not isinstance(price, int | float):
+            raise UsageError(f"{where}: prices.{gpu}: {price!r} is not accepted", "accepted: a number above 0")
 
 
 def measure_grid(grid: Grid, out: Path) -> list[dict[str, Any]]:
@@ -163,6 +177,7 @@ def read_plan(name: str) -> dict[str, Any]:
         if not content.get(key):
             examples = {"axes": "{size: [1b], batch: [8, 16]}", "gpus": "[H100-80GB]", "prices": "{H100-80GB: 2.5}"}
             raise UsageError(f"{path}: {key} is missing", f"{key}: {examples[key]}")
+    check_prices(content["prices"], str(path))
     law = content.get("law")
     if (law is None) != (content.get("target_loss") is None):
         raise UsageError(f"{path}: law and target_loss go together", "law: {floor: 1.7, scale: 1.0e+9, exponent: 0.2}")
