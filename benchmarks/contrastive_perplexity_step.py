@@ -161,10 +161,11 @@ def peak_of_step(head_chunk: int, layers: int) -> int:
         spec = {**LLAMA_7B, "num_hidden_layers": layers}
         model = build_network(spec, lora_rank=64, gradient_checkpointing=True).to(torch.bfloat16)
         ids = torch.zeros(ANCHORS * MEMBERS, LENGTH, dtype=torch.int64)
-    # which positions count is decided by their numbers, which tensors on the meta device lack: all of them do
-    hidden_of = model.base_model
+        # a mask of four dimensions is taken as it is; others are looked at, and on the meta device there are no numbers
+        mask = torch.ones(ANCHORS * MEMBERS, 1, LENGTH, LENGTH, dtype=torch.bool)
     with PeakMemory() as memory:
-        hidden = hidden_of(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+        outputs = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        hidden = outputs.last_hidden_state[:, :-1].flatten(0, 1)
         logprobs = head_logprobs(model.get_output_embeddings(), hidden, ids[:, 1:].flatten(), head_chunk)
         logprobs.mean().backward()
     return memory.peak
