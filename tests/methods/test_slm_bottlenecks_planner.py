@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from zoo.commands.bench import default_config
 from zoo.main import main
 from zoo.methods.slm_bottlenecks import costs
 from zoo.methods.slm_bottlenecks.costs import SIZES, Shape
@@ -253,6 +255,12 @@ def test_grid_command_killed_and_continued(tmp_path: Path, capsys: pytest.Captur
     assert {path.name for path in out.iterdir()} >= {"cells.csv", "cells.parquet", "best.csv", "attention.png"}
     best = read_rows(out / "best.csv")
     assert [row["tokens_per_dollar"] for row in best] == [max(row["tokens_per_dollar"] for row in rows)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the config for it is the default")
+def test_bench_measures_a_training_by_default() -> None:
+    assert default_config("slm_bottlenecks") == "slm_bottlenecks/text"  # not the first run, which trains nothing
+    assert default_config("nncsl") == "nncsl/fashion_mnist"
 
 
 def test_estimate_refuses_and_force_tries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

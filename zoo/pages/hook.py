@@ -24,6 +24,7 @@ PAGES = {
     "Reproducing claims": "reproduce.md",
     "Writing a plugin": "plugin.md",
     "Plugin API": "api.md",
+    "Dashboards": "dashboards.md",
     "Reliability": "reliability.md",
     "Decisions": "decisions.md",
 }
