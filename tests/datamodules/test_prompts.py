@@ -135,6 +135,7 @@ def test_the_meaning_of_tokens_has_a_name() -> None:
         Hop(symbols=11).tokenizer_id,
         Hop(hops=[1]).tokenizer_id,
         Hop(joint_facts=True).tokenizer_id,
+        Hop(marker_last=True).tokenizer_id,
     }
     assert len(names) == 5
     assert Hop(joint_facts=True).vocab_size == 10 + 2 + 100
