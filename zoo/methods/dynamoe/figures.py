@@ -35,9 +35,8 @@ def curve_figure(
     for name, points in curves.items():
         ordered = sorted(points)
         x = [empty + (full - empty) * a for a, _ in ordered]
-        axes.plot(
-            x, [y for _, y in ordered], label=name.replace("_", " "), **{"markersize": 4, **_STYLES.get(name, {})}
-        )
+        style: dict[str, Any] = {"markersize": 4, **_STYLES.get(name, {})}
+        axes.plot(x, [y for _, y in ordered], label=name.replace("_", " "), **style)
     if "router" in curves:
         # controls may be far above: the region of the router's curve is what matters
         best, worst = min(y for _, y in curves["router"]), max(y for _, y in curves["router"])
