@@ -31,7 +31,7 @@ from zoo.methods.aimv2.networks import Decoder, Trunk
 
 #: What the datamodules of the configs tell the model.
 FACTS: dict[str, dict[str, int]] = {
-    "aimv2/gpu": {"vocab_size": 45, "pad_id": 0, "eos_id": 1, "context_length": 16, "in_channels": 1, "image_size": 28},
+    "aimv2/gpu": {"vocab_size": 39, "pad_id": 0, "eos_id": 1, "context_length": 16, "in_channels": 1, "image_size": 28},
     "aimv2/pretrain_large": {"vocab_size": 32000, "pad_id": 1, "eos_id": 1, "context_length": 77},
 }
 

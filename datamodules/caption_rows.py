@@ -75,7 +75,7 @@ class FolderRows:
 
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:3])
-    return f"{len(names)} images ({shown}{', ...' if len(names) > 3 else ''})"
+    return f"{len(names)} image{'s' if len(names) > 1 else ''} ({shown}{', ...' if len(names) > 3 else ''})"
 
 
 def _captions(path: Path) -> Iterator[tuple[str, str]]:

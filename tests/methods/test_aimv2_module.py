@@ -225,7 +225,14 @@ def test_evaluation_does_not_depend_on_the_random_state():
             vocab_size=data.vocab_size, context_length=16, image_size=8, trunk=trunk, class_prompts=data.class_prompts
         )
         torch.manual_seed(seed)
-        trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+        trainer = Trainer(
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
         results.append(trainer.validate(model, data, verbose=False)[0])
     assert results[0] == results[1]
     assert set(results[0]) == {"val/loss_pixel", "val/loss_predict_zero", "val/loss_text"}
@@ -249,9 +256,9 @@ def test_captions_are_the_most_likely_tokens_one_by_one():
 
 
 def test_captions_of_images_that_were_learned_by_heart():
-    model, batch = make_model(objective="captioner"), make_batch(4)
+    model, batch = make_model(objective="captioner", mask="full"), make_batch(4)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(80):
+    for _ in range(120):
         optimizer.zero_grad()
         step(model, batch)["total"].backward()
         optimizer.step()
@@ -291,7 +298,7 @@ def test_high_resolution_goes_on_from_a_checkpoint(tmp_path: Path):
     assert torch.isfinite(step(large, make_batch(size=18))["total"])
     trunk_alone = begin(make_model(image_size=18, init_from=source))
     assert torch.equal(trunk_alone.trunk.positions, large.trunk.positions)
-    assert torch.equal(trunk_alone.decoder.start, make_model().decoder.start)
+    assert torch.equal(trunk_alone.decoder.start, make_model(image_size=18).decoder.start)
 
 
 def test_the_trunk_resizes_its_positions_for_other_images():
@@ -391,9 +398,8 @@ def test_a_checkpoint_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[
 
     for objective, name in (("aimv2", "Aimv2VisionModel"), ("lit", "Aimv2Model")):
         model = make_model(objective=objective)
-        trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-        trainer.strategy.connect(model)
-        trainer.save_checkpoint(tmp_path / f"{objective}.ckpt")
+        content = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
+        torch.save({**content, "pytorch-lightning_version": "2.6.6"}, tmp_path / f"{objective}.ckpt")
         main([str(tmp_path / f"{objective}.ckpt"), str(tmp_path / objective)])
         assert re.search(rf"transformers\.{name}\.from_pretrained", capsys.readouterr().out)
         theirs = getattr(transformers, name).from_pretrained(tmp_path / objective).eval()
