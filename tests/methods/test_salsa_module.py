@@ -164,7 +164,7 @@ def test_frozen_networks_get_no_gradient_and_stay_as_they_are() -> None:
     trained(module)
     assert equal(before, dict(module.frozen.state_dict()))
     assert all(p.grad is None and not p.requires_grad for p in module.frozen.parameters())
-    assert not module.frozen.training
+    assert not any(net.training for net in module.frozen.values())
 
 
 def test_a_large_beta_without_a_score_leads_to_the_soup() -> None:

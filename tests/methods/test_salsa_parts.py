@@ -211,8 +211,9 @@ def test_an_endpoint_is_asked_in_both_orders(endpoint: str, monkeypatch: pytest.
     assert _Handler.asked[0]["path"] == "/v1/chat/completions"
     assert _Handler.asked[0]["key"] == "Bearer secret"
     assert "[Prompt]\np {first}\n" in _Handler.asked[0]["messages"][0]["content"], "a prompt is never filled in itself"
-    _Handler.reply = "I cannot say"
-    assert judge("p", "x", "y") == 0.5
+    for reply in ("I cannot say", "A tie", "Both A and B"):
+        _Handler.reply = reply
+        assert judge("p", "x", "y") == 0.5
     _Handler.reply = "broken"
     with pytest.raises(RunError, match="gave no verdict"):
         judge("p", "x", "y")

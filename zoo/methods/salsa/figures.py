@@ -67,3 +67,43 @@ def frontier_figure(arms: Mapping[str, Sequence[tuple[float, float, float]]]) ->
     axes.set(xlabel="KL to the first member (nats per answer)", ylabel="reward", title="Reward and KL over beta")
     axes.legend(fontsize=8)
     return figure
+
+
+def frontier_points(results: Mapping[str, Any], arms: Mapping[str, Mapping[float, str]]) -> dict[str, list[Any]]:
+    """Means over seeds of KL and reward of runs in a results file: `{arm: [(beta, kl, reward), ...]}`.
+
+    Args:
+        results: Content of `results/salsa.cpu.json`.
+        arms: Of each arm, its run for each beta.
+    """
+    from statistics import fmean
+
+    def mean(run: str, metric: str) -> float:
+        return fmean(metrics[metric] for metrics in results["runs"][run].values())
+
+    return {
+        arm: [(beta, mean(run, "test/kl_sft"), mean(run, "test/reward")) for beta, run in runs.items()]
+        for arm, runs in arms.items()
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the frontier of reward and KL from the results of `zoo reproduce salsa`."""
+    import argparse
+    import json
+    from pathlib import Path
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("results", type=Path, nargs="?", default=Path("results/salsa.cpu.json"))
+    parser.add_argument("out", type=Path, nargs="?", default=Path("results/salsa.frontier.png"))
+    args = parser.parse_args(argv)
+    arms = {
+        name: {1.0: f"{run}_b1", 0.4: f"{run}_b04", 0.1: f"{run}_b01"}
+        for name, run in (("PPO", "ppo"), ("SALSA", "salsa"))
+    }
+    points = frontier_points(json.loads(args.results.read_text("utf-8")), arms)
+    frontier_figure(points).savefig(args.out, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

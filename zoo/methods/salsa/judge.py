@@ -92,7 +92,7 @@ class RewardJudge:
 
 
 class EndpointJudge:
-    """Asks a language model behind `URL/chat/completions`; a reply that is neither A nor B is a tie.
+    """Asks a language model behind `URL/chat/completions`; a reply that does not begin with A or B is a tie.
 
     Args:
         url: Base of the endpoint, such as `http://127.0.0.1:8000/v1`.
@@ -119,9 +119,8 @@ class EndpointJudge:
         Raises:
             RunError: If the endpoint does not answer as expected.
         """
-        question = self.template
-        for name, text in (("{prompt}", prompt), ("{first}", first), ("{second}", second)):
-            question = question.replace(name, text, 1) if text.count("{") == 0 else question.replace(name, text)
+        texts = {"prompt": prompt, "first": first, "second": second}
+        question = re.sub(r"\{(prompt|first|second)\}", lambda found: texts[found[1]], self.template)
         body = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": question}]}
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(self.key_variable, "") if self.key_variable else "":
@@ -134,5 +133,5 @@ class EndpointJudge:
             raise RunError(
                 f"judge: {self.url} gave no verdict ({error})", "is the endpoint up, and the model there?"
             ) from error
-        word = re.search(r"\b(A|B|TIE)\b", text.strip().upper())
-        return {"A": 1.0, "B": 0.0}.get(word[1] if word else "", 0.5)
+        word = None if re.search(r"\btie\b", text, re.IGNORECASE) else re.match(r"\W*([AB])\b", text)
+        return {"A": 1.0, "B": 0.0}[word[1]] if word else 0.5

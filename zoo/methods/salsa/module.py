@@ -294,8 +294,14 @@ class Salsa(LightningModule):
     def on_fit_start(self) -> None:
         """See `_check_loaded`."""
         self._check_loaded()
+        # Lightning warns of networks that are in evaluation mode when a fit begins, on purpose or not
+        self.frozen.train()
 
-    on_validation_start = on_test_start = on_predict_start = on_fit_start
+    def on_train_start(self) -> None:
+        """The frozen networks are in evaluation mode, which for want of dropout changes nothing."""
+        self.frozen.eval()
+
+    on_validation_start = on_test_start = on_predict_start = _check_loaded
 
     def member_states(self) -> tuple[list[dict[str, Tensor]], list[str]]:
         """Weights of the members, and the fingerprints of what they were fine-tuned from."""
