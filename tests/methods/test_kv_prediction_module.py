@@ -115,6 +115,15 @@ def test_consistency_may_count_labels_alone() -> None:
     assert step(make(consistency_positions="labels"), changed)["consistency"] != some["consistency"]
 
 
+def test_positions_may_see_their_own_entry() -> None:
+    data, model = batch(), make(self_entries="own")
+    found, ids = step(model, data), data["input_ids"]
+    logits = [model.prefill(ids[:, : t + 1], 1).logits for t in range(ids.shape[1])]
+    assert torch.allclose(found["base"], token_loss(torch.stack(logits, dim=1), data["labels"]), atol=1e-5)
+    assert found["base"] != step(make(), data)["base"]
+    assert found["consistency"] == step(make(), data)["consistency"]
+
+
 def test_with_a_copy_of_the_base_and_identity_maps_consistency_is_zero() -> None:
     model = make(auxiliary=BASE)
     auxiliary, predictor = model.pair

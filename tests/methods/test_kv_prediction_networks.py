@@ -65,6 +65,17 @@ def test_replacing_computes_queries_alone(shape: Shape) -> None:
     assert close(model(ids, given=entries)[0], stream)
 
 
+def test_with_its_own_entry_each_position_sees_what_the_last_token_of_a_prompt_sees(shape: Shape) -> None:
+    base, auxiliary, ids = make(shape), make(AUXILIARY), tokens()
+    predictor = KVPredictor(AUXILIARY, shape, [0, 1, 1]).requires_grad_(False)
+    given = predictor(auxiliary.entries(ids))
+    logits = base.logits(base(ids, given=given, own_self=True)[0])
+    for t in range(9):
+        assert close(logits[:, t], prefill.predicted(base, auxiliary, predictor, ids[:, : t + 1], 0).logits)
+    assert not close(logits, base.logits(base(ids, given=given)[0]))
+    assert close(base(ids, given=base.entries(ids), own_self=True)[0], base(ids)[0])
+
+
 def test_appending_to_a_cache_gives_the_rows_of_the_whole_pass(shape: Shape) -> None:
     model, ids = make(shape), tokens()
     whole = model.logits(model(ids)[0])

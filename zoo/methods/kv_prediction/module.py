@@ -28,6 +28,7 @@ _CHOICES = {
     "mode": ("predict", "alone"),
     "consistency_reduction": REDUCTIONS,
     "consistency_positions": ("all", "labels"),
+    "self_entries": ("predicted", "own"),
     "schedule": ("trapezoid", "cosine"),
 }
 #: Maps from base to auxiliary layers by name; `uniform` and `reversed` are ablations.
@@ -78,6 +79,9 @@ class KVPrediction(LightningModule):
         consistency_reduction: `mean` over layers: 1 / n_B on the sum, the paper's choice. `sum`: its released configs.
         consistency_positions: `all`, or those whose label counts (`labels`), as in the released code; there only
             padding does not count.
+        self_entries: What a position sees of itself in training: its `predicted` entry, as in the paper, or the base's
+            `own`, as the last token of a prompt does at inference. With the first, an auxiliary that knows the answer
+            can put it where inference does not look.
         freeze_auxiliary: Whether the linear maps alone are trained (an ablation).
         z_weight: Weight of the z-loss in both cross-entropies (the released code has 1e-4).
         lr: Peak learning rate of AdamW.
@@ -127,6 +131,7 @@ class KVPrediction(LightningModule):
         consistency_weight: float = 1.0,
         consistency_reduction: str = "mean",
         consistency_positions: str = "all",
+        self_entries: str = "predicted",
         freeze_auxiliary: bool = False,
         z_weight: float = 0.0,
         lr: float = 1e-3,
@@ -221,7 +226,8 @@ class KVPrediction(LightningModule):
         else:
             entries, of_auxiliary = auxiliary.entries(ids), torch.zeros((), device=self.device)
         guessed = predictor(entries)
-        of_base = token_loss(self.base.logits(self.base(ids, given=guessed)[0]), labels, hp["z_weight"])
+        stream, _ = self.base(ids, given=guessed, own_self=hp["self_entries"] == "own")
+        of_base = token_loss(self.base.logits(stream), labels, hp["z_weight"])
         with torch.no_grad():
             true = self.base.normed(self.base.entries(ids))
         mask = labels != IGNORE if hp["consistency_positions"] == "labels" else None

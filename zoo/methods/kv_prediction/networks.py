@@ -244,12 +244,16 @@ class CausalLM(nn.Module):
         """Logits of the stream after the last layer, `[..., V]`."""
         return self.lm_head(self.norm(hidden))
 
-    def forward(self, ids: Tensor, given: Sequence[Entries] | None = None) -> tuple[Tensor, list[Entries]]:
+    def forward(
+        self, ids: Tensor, given: Sequence[Entries] | None = None, own_self: bool = False
+    ) -> tuple[Tensor, list[Entries]]:
         """Run over whole sequences with causal attention.
 
         Args:
             ids: int64 `[B, S]`.
             given: Entries of each layer that take the place of its own; position `t` attends to `0 .. t` of them.
+            own_self: Whether position `t` attends to `0 .. t - 1` of them and to its own entry: each position sees
+                what the last token of a prompt sees after `cache_of(given)`.
 
         Returns:
             The stream after the last layer `[B, S, D]`, see `logits`, and the entries that were attended to.
@@ -260,8 +264,14 @@ class CausalLM(nn.Module):
             attention, hidden = block.self_attn, block.input_layernorm(x)
             keys, values = attention.entries(hidden) if given is None else given[i]
             entries.append((keys, values))
-            queries = attention.queries(hidden, rotation)
-            x = block.finish(x, attention(queries, attention.ready(keys, rotation), values, None, True))
+            queries, ready = attention.queries(hidden, rotation), attention.ready(keys, rotation)
+            if own_self and given is not None:
+                own_keys, own_values = attention.entries(hidden)
+                ready = torch.cat([ready, attention.ready(own_keys, rotation)], dim=2)
+                both = torch.cat([values, own_values], dim=2)
+                x = block.finish(x, attention(queries, ready, both, _others_and_self(ids), False))
+            else:
+                x = block.finish(x, attention(queries, ready, values, None, True))
         return x, entries
 
     def entries(self, ids: Tensor) -> list[Entries]:
@@ -324,6 +334,12 @@ class CausalLM(nn.Module):
             attended = attention(attention.queries(hidden, rotation), keys, values, mask, count > 1 and not held)
             x = block.finish(x, attended)
         return self.logits(x[:, -1:] if last_only else x)
+
+
+def _others_and_self(ids: Tensor) -> Tensor:
+    """Mask `[S, 2 * S]`: of the first half all earlier positions, of the second half the position itself."""
+    square = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device)
+    return torch.cat([square.tril(-1), square.tril().triu()], dim=1)
 
 
 class KVPredictor(nn.Module):
