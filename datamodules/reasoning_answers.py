@@ -75,7 +75,7 @@ def extract_answer(text: str, form: str) -> str | None:
         return fenced.group(1) if fenced else answer
     if answer.startswith("\\"):
         return answer[answer.index("{") + 1 : -1].strip()
-    return _MARKER.sub("", answer, count=1).strip().strip("*").rstrip(".").strip()
+    return _MARKER.sub("", answer, count=1).strip(" \n*").rstrip(" \n.*")
 
 
 def as_integer(text: str) -> int | None:

@@ -48,7 +48,7 @@ def problems() -> list[ChainProblem]:
 def bench_of(problems: list[ChainProblem], n: int = 32) -> Bench:
     model = TabularLM(*problems)
     engine = LocalEngine(model, [TASK.ids["EOS"]], Policy(budget=60))
-    settings = Settings(n, traces_per_problem=40, pass_samples=n, guess_samples=n, candidates=8, choice_samples=n)
+    settings = Settings(n, traces_per_problem=40, pass_samples=n, guess_samples=n, candidates=20, choice_samples=n)
     return Bench(engine, SampleStore(None), CHUNKER, Thresholds(), settings, [TASK.ids["SEP"]], model=model)
 
 
@@ -110,7 +110,7 @@ def test_late_guesses_are_flagged_where_chance_is_low() -> None:
     hmm, ids = [task.ids["HMM"]] * 4 + [task.ids["SEP"]], task.ids
     guess = make_trace(problem, [*hmm, *hmm, ids["ANS"], problem.answer, ids["EOS"]], CHUNKER, "g")
     assert guess.correct
-    curve = sample_curves(engine, [guess], 256, SampleStore(None))[0]
+    curve = sample_curves(engine, [guess], 600, SampleStore(None))[0]
     row = curve_row(curve, Thresholds())
     assert row["late_guess"]
     assert row["exact_late_guess"]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from datamodules.reasoning_problems import TextProblem
+from zoo.api import run
 from zoo.errors import RunError, UsageError
 from zoo.methods.cot_potential.curves import Chunker, make_trace, sample_curves, write_traces
 from zoo.methods.cot_potential.engine import Job, Policy
@@ -191,6 +192,34 @@ def test_no_room_and_no_end(stub: Stub) -> None:
     opened = engine.open("q1/t", PROBLEM.prompt, "a b c d", [7])
     with pytest.raises(UsageError, match="a prefix of 4 tokens with budget: 2"):
         engine.complete([Job(opened, 7, 1, range(2))])
+
+
+def test_a_whole_analysis_from_files(stub: Stub, tmp_path: Path) -> None:
+    problems, traces = tmp_path / "problems.jsonl", tmp_path / "traces.jsonl"
+    rows = [{"key": k, "question": f"{k}: 2 + 2?", "answer": "4"} for k in "ab"]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    traces.write_text(json.dumps({"key": "a", "trace": "Well.\nso it is\n#### 4"}) + "\n", encoding="utf-8")
+    overrides = {
+        "model.server": {"url": stub.url, "model": "stub", "backoff": 0.01},
+        "model.samples": 6,
+        "model.budget": 40,
+        "model.analysis": {"pass_samples": 4, "guess_samples": 4},
+        "data.path": str(problems),
+        "data.template": "{question}\n",
+    }
+    call: dict[str, Any] = {"config": "cot_potential/server", "wandb": "disabled"}
+    found = run("test", overrides=overrides, run_dir=tmp_path / "test", **call)
+    assert 0 < found.metrics["test/pass_at_1"] <= 1
+    assert found.metrics["test/traces"] > 0
+    assert (tmp_path / "test" / "analysis" / "report.html").is_file()
+    own = tmp_path / "predict"
+    run("predict", overrides={**overrides, "data.traces": str(traces)}, run_dir=own, **call)
+    (row,) = [json.loads(line) for line in (own / "analysis" / "curves.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert row["chunks"] == ["Well.\n", "so it is\n", "#### 4"]
+    assert row["pot"][2:] == [1.0, 1.0]
+    traces.write_text(json.dumps({"key": "a", "trace": "I do not know"}) + "\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="does not contain an answer"):
+        run("predict", overrides={**overrides, "data.traces": str(traces)}, run_dir=tmp_path / "bad", **call)
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,6 @@ from zoo.nn.schedules import total_steps, warmup_cosine_lr
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_LOCAL = ("", *SCHEMES)
-
 
 class CoTPotential(LightningModule):
     """Measure how each part of a chain of thought changes the probability of a correct answer.
