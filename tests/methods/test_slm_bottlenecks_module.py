@@ -142,7 +142,7 @@ def test_it_learns_a_sequence_and_keeps_a_curve(tmp_path: Path) -> None:
     run.fit(model, Counting(vocab_size=64, seq_len=16, batch_size=8, num_batches=12))
     assert [tokens for tokens, _ in model.curve] == [8 * 12 * 16 * epoch for epoch in range(1, 9)]
     losses = [loss for _, loss in model.curve]
-    assert losses[-1] < 0.5 < 2 < losses[0]
+    assert losses[-1] < 0.3 < 0.8 < losses[0] < 4.2  # guessing is 4.16
     assert model.flops_per_batch == 8 * 16 * flops_per_token(model.shape, 16)
     law = model.law()
     assert law is not None
@@ -170,13 +170,13 @@ def test_loss_is_weighted_by_tokens(tmp_path: Path) -> None:
     model = make()
     (metrics,) = trainer(tmp_path).test(model, DataLoader(batches, batch_size=None), verbose=False)
     expected = model.net(blocks[:, :-1].long(), blocks[:, 1:].long())
-    assert metrics["test/loss"] == pytest.approx(float(expected), abs=1e-5)
+    assert metrics["test/loss"] == pytest.approx(float(expected.detach()), abs=1e-5)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"size": "7b"}, "size: '7b' is not accepted; did you mean '2b'"),
+        ({"size": "7b"}, "size: '7b' is not accepted; accepted: 100m, 1b, 2b, 500m"),
         ({"study": "atention", "grid": GRID}, "study: 'atention' is not accepted; did you mean 'attention'"),
         ({"study": "attention"}, "grid: missing with study 'attention'"),
         ({"grid": GRID}, "grid: given with study ''"),
