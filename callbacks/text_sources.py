@@ -51,7 +51,7 @@ class ModelSource:
 
         from zoo.nn.lm import build_lm
 
-        self.model: Any = build_lm(name).to(module.device)
+        self.model: Any = build_lm(name).to(module.device)  # type: ignore[arg-type]
         self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         self.sampling = {key: module.hparams[key] for key in ("max_new_tokens", "temperature", "top_p")}
 

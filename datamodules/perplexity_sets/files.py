@@ -205,7 +205,7 @@ class PerplexitySetFiles(ZooDataModule):
         pools = [self._pool([r.positives for r in train]), self._pool([r.negatives for r in train])]
         longest = max(pool.tokens.shape[2] for pool in pools)
         pools = [replace(p, tokens=F.pad(p.tokens, (0, longest - p.tokens.shape[2]), value=self.pad_id)) for p in pools]
-        sets = Sets(*pools, group)
+        sets = Sets(pools[0], pools[1], group)
         return SetBatches(sets, self.positives, self.negatives, self.random_negatives, self.batch_size, self.data_seed)
 
     def _heldout(self, split: str) -> list[SetRecord]:

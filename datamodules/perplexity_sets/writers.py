@@ -58,7 +58,7 @@ class TransformersWriter:
         if "{prompt}" not in template:
             raise ValueError("template: it lacks {prompt}, where the prompt goes")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model: Any = build_lm(name).to(self.device)
+        self.model: Any = build_lm(name).to(self.device)  # type: ignore[arg-type]
         self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         self.template, self.max_new_tokens = template, max_new_tokens
         self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
