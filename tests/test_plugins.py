@@ -87,6 +87,14 @@ def test_the_example_is_used_like_a_built_in_method(
     assert "simsiam" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_the_example_keeps_the_whole_contract(
+    install: Callable[[Path], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(EXAMPLE)
+    assert run("check", "simsiam") == 0, capsys.readouterr().out
+
+
 def test_a_new_package_passes_the_check_as_it_is(
     install: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

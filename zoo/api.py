@@ -36,6 +36,9 @@ def run(
     Raises:
         UsageError: If names, options or files are wrong, as on the command line.
     """
+    from zoo import registry
+
+    registry.claim_packages()
     from zoo.cli import run_command
 
     own = {"run_dir": run_dir, "resume": resume, "wandb": wandb}

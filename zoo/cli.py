@@ -211,7 +211,9 @@ def links(model_class: object) -> dict[str, str]:
 
 
 def _named(group: str, name: str) -> dict[str, Any]:
-    return {"class_path": registry.find(group, name).class_path, "init_args": {}}
+    # ours, whatever a plugin calls its own
+    own = registry.find(group, f"{registry.OWN_DISTRIBUTION}:{name}")
+    return {"class_path": own.class_path, "init_args": {}}
 
 
 def _callbacks(given: Any, checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:

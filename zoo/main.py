@@ -48,10 +48,15 @@ def own_commands() -> dict[str, str]:
 
 
 def plugin_commands() -> dict[str, str]:
-    """Names of the commands that plugins add, and who adds them."""
+    """Names of the commands that plugins add, and who adds them; `dist:name` where the name alone is taken."""
     from zoo import registry
 
-    return {entry.name: f"from {entry.dist}" for entry in registry.entries("commands") if not entry.problem}
+    usable = [entry for entry in registry.entries("commands") if not entry.problem]
+    names = [entry.name for entry in usable]
+    taken = {*TRAINER_COMMANDS, *own_commands(), *(name for name in names if names.count(name) > 1)}
+    return {
+        f"{entry.dist}:{entry.name}" if entry.name in taken else entry.name: f"from {entry.dist}" for entry in usable
+    }
 
 
 def help_text() -> str:
@@ -95,6 +100,9 @@ def print_error(error: UsageError) -> None:
 
 def dispatch(argv: list[str]) -> int:
     """Find the command and call it."""
+    from zoo import registry
+
+    registry.claim_packages()
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0
@@ -115,13 +123,29 @@ def dispatch(argv: list[str]) -> int:
         return run_command(options).exit_code
     if command in own_commands():
         return int(importlib.import_module(f"zoo.commands.{command}").main(rest) or 0)
-    from zoo import registry
-
     plugins = plugin_commands()
-    if command in plugins:
-        return int(registry.load(registry.find("commands", command)).main(rest) or 0)
+    if command in plugins or any(entry.name == command.rpartition(":")[2] for entry in registry.entries("commands")):
+        return run_plugin_command(command, rest)
     known = [*TRAINER_COMMANDS, *own_commands(), *plugins]
     raise UsageError(f"unknown command {command!r}", did_you_mean(command, known, show=30))
+
+
+def run_plugin_command(command: str, words: list[str]) -> int:
+    """Call the command of a plugin.
+
+    Raises:
+        UsageError: If it cannot be imported, or has no `main(argv)`.
+    """
+    from zoo import registry
+
+    entry = registry.find("commands", command)
+    call = getattr(registry.load(entry), "main", None)
+    if not callable(call):
+        raise UsageError(
+            f"command {command!r} of {entry.dist} {entry.version}: {entry.value} has no function main(argv)",
+            f"reported by {entry.dist}",
+        )
+    return int(call(words) or 0)
 
 
 if __name__ == "__main__":

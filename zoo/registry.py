@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +29,10 @@ GROUPS = ("methods", "datamodules", "callbacks", "loggers", "configs", "commands
 DISABLE_VARIABLE = "ZOO_DISABLE_PLUGINS"
 
 OWN_DISTRIBUTION = "method-zoo"
+
+#: Packages of ours with names that a folder of the user may have as well.
+OWN_PACKAGES = ("datamodules", "callbacks")
+OWN_ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,48 @@ class Entry:
         return self.dist == OWN_DISTRIBUTION
 
 
+def claim_packages() -> None:
+    """Let `datamodules` and `callbacks` mean ours where a folder of the user, such as one here, comes first.
+
+    Our root goes to the front of `sys.path`, which child processes inherit.
+
+    Raises:
+        UsageError: If another package of that name has been imported already.
+    """
+    for name in OWN_PACKAGES:
+        loaded = sys.modules.get(name)
+        spec = loaded.__spec__ if loaded is not None else importlib.util.find_spec(name)
+        if spec is None or _is_ours(spec.origin, spec.submodule_search_locations, name):
+            continue
+        if loaded is not None:
+            raise UsageError(
+                f"the package {name!r} that was imported from {_places(spec)} is not the zoo's, in {OWN_ROOT / name}",
+                f"give your {name!r} another name",
+            )
+        sys.path.insert(0, str(OWN_ROOT))
+        importlib.invalidate_caches()
+        return
+
+
+def hidden_folder(module_name: str) -> str:
+    """Say which file or folder of the user a package of ours hides from a module's name; `""` where none does."""
+    name = module_name.partition(".")[0]
+    here = Path.cwd()
+    for mine in (here / name, here / f"{name}.py") if name in OWN_PACKAGES and here != OWN_ROOT else ():
+        if mine.exists():
+            return f"{mine} is hidden by the zoo's own package {name!r}: give it another name"
+    return ""
+
+
+def _is_ours(origin: str | None, locations: Iterable[str] | None, name: str) -> bool:
+    places = [Path(place).resolve() for place in locations or ()]
+    return (OWN_ROOT / name) in places if places else str(origin).startswith(str(OWN_ROOT / name))
+
+
+def _places(spec: Any) -> str:
+    return spec.origin or ", ".join(spec.submodule_search_locations or ())
+
+
 def normalise(name: str) -> str:
     """Return a distribution name as PyPI compares it."""
     return re.sub(r"[-_.]+", "-", name).lower()
@@ -86,7 +133,8 @@ def scan(distributions: Iterable[metadata.Distribution]) -> list[Entry]:
             text = dist.read_text("entry_points.txt") or ""
             if "[zoo." not in text:
                 continue
-            name, version = dist.metadata["Name"], dist.version
+            about = dist.metadata  # parsed anew each time
+            name, version = about["Name"], about["Version"] or ""
         except (OSError, KeyError, TypeError, UnicodeDecodeError):
             continue  # half removed: no readable metadata, so nothing is registered
         if not name or normalise(name) in seen:
@@ -166,7 +214,7 @@ def load(entry: Entry) -> Any:
         raise UsageError(f"cannot import {owner}: {error}", hint) from error
     except AttributeError as error:
         raise UsageError(f"cannot use {owner}: {error}", "the entry point names something that is not there") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(
             f"cannot import {owner}: {type(error).__name__}: {error}", f"reported by {entry.dist}"
         ) from error

@@ -49,16 +49,24 @@ def main(argv: list[str]) -> int:
 
 
 def mark_clashes(entries: list[registry.Entry]) -> list[registry.Entry]:
-    """Say of names that several distributions register how to choose one."""
+    """Say of names that several distributions register, or that are commands of ours, how to choose one."""
     from dataclasses import replace
 
+    from zoo.main import TRAINER_COMMANDS, own_commands
+
     counts = Counter((e.group, e.name) for e in entries if not e.problem and e.group != "configs")
-    return [
-        replace(e, problem=f"several distributions register it; write {e.dist}:{e.name}")
-        if counts[e.group, e.name] > 1
-        else e
-        for e in entries
-    ]
+    ours = {*TRAINER_COMMANDS, *own_commands()} if any(e.group == "commands" for e in entries) else set()
+
+    def problem(e: registry.Entry) -> str:
+        if e.problem:
+            return e.problem
+        if e.group == "commands" and e.name in ours:
+            return f"the zoo has a command of this name; write {e.dist}:{e.name}"
+        if counts[e.group, e.name] > 1:
+            return f"several distributions register it; write {e.dist}:{e.name}"
+        return ""
+
+    return [replace(e, problem=problem(e)) for e in entries]
 
 
 def row(entry: registry.Entry) -> dict[str, str]:

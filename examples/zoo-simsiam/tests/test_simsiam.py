@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from zoo_simsiam.losses import negative_cosine, spread
 
-from zoo.testing import check_method
+from zoo import check_method
 
 
 def test_contract() -> None:

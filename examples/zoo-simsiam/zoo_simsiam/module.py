@@ -14,7 +14,7 @@ from zoo import Card
 from zoo_simsiam.losses import negative_cosine, spread
 
 if TYPE_CHECKING:
-    from datamodules.images import ImageBatch, SemiSupervisedBatch
+    from zoo import ImageBatch, SemiSupervisedBatch
 
 
 def conv_block(inputs: int, outputs: int) -> nn.Sequential:
