@@ -1,9 +1,8 @@
 """Problems a second of the scratchpad generators, against a plain Python version and against `maze-dataset`.
 
-The plain version does one problem after the other: Python loops for the tree or the loop, breadth-first search, PIL for
-every frame. For mazes it leaves out the matching of both ends, which costs most, so that the ratio is a lower bound.
-Both deliver the question and all frames of the solution as palette indices. Numbers are problems per second of
-processor time of one thread.
+The plain version does one problem after the other by the same rules: Python loops for the tree or the loop, for the
+search and for the matching of both ends, PIL for every frame. Both deliver the question and all frames of the solution
+as palette indices. Numbers are problems per second of processor time of one thread.
 
     python benchmarks/scratchpad_generators.py [--seconds 3] [--maze-dataset FOLDER] [--out DIR]
 
@@ -34,6 +33,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from datamodules.scratchpad.datamodule import make_task
+from datamodules.scratchpad.mazes import RectMaze
 from datamodules.scratchpad.tasks import BLACK, BLUE, PALETTE, RED, WHITE, Sketch, Task, frame_indices, num_frames
 from zoo.bench.report import comparison, write_bench
 
@@ -93,17 +93,15 @@ def batched(task: Task, low: int, high: int, all_frames: bool, size: int = 256) 
     return make
 
 
-def plain_maze(size: int, cell: int, low: int, high: int) -> Callable[[], int]:
-    """Return a function that makes one rectangular maze with a balanced cut, and all its frames, by loops and PIL."""
+def plain_maze(task: RectMaze, low: int, high: int) -> Callable[[], int]:
+    """Return a function that makes one rectangular maze and all its frames by loops and PIL, by `RectMaze`'s rules."""
     rng = random.Random(0)
-    cells = size * size
+    size, cell, cells = task.size, task.cell_size, task.grid.cells
+    sides, views = task.grid.neighbours.tolist(), task.grid.views.tolist()
+    straight, nearer = task.grid.straight.tolist(), task.grid.nearer.tolist()
+    Tree = dict[int, set[int]]
 
-    def neighbours(at: int) -> list[int]:
-        row, column = divmod(at, size)
-        found = [at - size] * (row > 0) + [at + size] * (row < size - 1)
-        return found + [at - 1] * (column > 0) + [at + 1] * (column < size - 1)
-
-    def distances(tree: dict[int, set[int]], start: int) -> dict[int, int]:
+    def distances(tree: Tree, start: int) -> dict[int, int]:
         found, queue = {start: 0}, deque([start])
         while queue:
             at = queue.popleft()
@@ -112,7 +110,52 @@ def plain_maze(size: int, cell: int, low: int, high: int) -> Callable[[], int]:
                 queue.append(other)
         return found
 
-    def draw(tree: dict[int, set[int]], colours: dict[int, int]) -> NDArray[np.uint8]:
+    def spanning_tree() -> tuple[Tree, list[tuple[int, int]]]:
+        """Kruskal's algorithm."""
+        root, tree, edges = list(range(cells)), {at: set() for at in range(cells)}, []
+
+        def find(at: int) -> int:
+            while root[at] != at:
+                root[at] = root[root[at]]
+                at = root[at]
+            return at
+
+        weight = {(at, other): rng.random() for at in range(cells) for other in sides[at] if at < other < cells}
+        for a, b in sorted(weight, key=weight.__getitem__):
+            if find(a) != find(b):
+                root[find(a)] = find(b)
+                tree[a].add(b)
+                tree[b].add(a)
+                edges.append((a, b))
+        return tree, edges
+
+    def join(tree: Tree, a: int, b: int) -> None:
+        tree[a].add(b)
+        tree[b].add(a)
+
+    def cut(tree: Tree, a: int, b: int) -> None:
+        tree[a].discard(b)
+        tree[b].discard(a)
+
+    def matched_ends(before: dict[int, int], after: dict[int, int], tree: Tree, start: int) -> tuple[list, list]:
+        """Ends on the start's side and on the lost one that agree in everything local."""
+        groups: dict[tuple, tuple[list[int], list[int]]] = {}
+        for at in range(cells):
+            if low <= before[at] <= high:
+                code = sum(1 << side for side, other in enumerate(sides[at]) if other in tree[at])
+                leaving = sum(
+                    nearer[at][start][side] for side, other in enumerate(sides[start]) if other in tree[start]
+                )
+                arriving = sum(nearer[start][at][side] for side, other in enumerate(sides[at]) if other in tree[at])
+                key = (before[at], views[at][code], straight[start][at], leaving, arriving)
+                groups.setdefault(key, ([], []))[at not in after].append(at)
+        both = {key: pair for key, pair in groups.items() if pair[0] and pair[1]}
+        if not both:
+            return [], []
+        depth = rng.choice(sorted({key[0] for key in both}))
+        return both[rng.choice([key for key in both if key[0] == depth for side in both[key] for _ in side])]
+
+    def draw(tree: Tree, colours: dict[int, int]) -> NDArray[np.uint8]:
         image = Image.new("P", (size * cell, size * cell), BLACK)
         pen = ImageDraw.Draw(image)
         for at in range(cells):
@@ -129,49 +172,32 @@ def plain_maze(size: int, cell: int, low: int, high: int) -> Callable[[], int]:
                 pen.rectangle(side[other - at], fill=colour)
         return np.asarray(image)
 
-    def make() -> int:
+    def problem() -> tuple[Tree, dict[int, int], int, bool]:
         wanted = rng.random() < 0.5
         while True:
-            weight = {
-                tuple(sorted((at, other))): rng.random() for at in range(cells) for other in neighbours(at)
-            }  # Kruskal
-            root = list(range(cells))
-
-            def find(at: int, root: list[int] = root) -> int:
-                while root[at] != at:
-                    root[at] = root[root[at]]
-                    at = root[at]
-                return at
-
-            tree: dict[int, set[int]] = {at: set() for at in range(cells)}
-            edges = []
-            for a, b in sorted(weight, key=weight.__getitem__):
-                if find(a) != find(b):
-                    root[find(a)] = find(b)
-                    tree[a].add(b)
-                    tree[b].add(a)
-                    edges.append((a, b))
-            rng.shuffle(edges)
-            start = rng.randrange(cells)
-            before = distances(tree, start)
+            tree, edges = spanning_tree()
+            balanced = []
             for a, b in edges:
-                tree[a].discard(b)
-                tree[b].discard(a)
-                after = distances(tree, start)
-                if cells // 4 <= len(after) <= cells - cells // 4:
-                    break
-                tree[a].add(b)
-                tree[b].add(a)
-            else:
+                cut(tree, a, b)
+                if cells // 4 <= len(distances(tree, a)) <= cells - cells // 4:
+                    balanced.append((a, b))
+                join(tree, a, b)
+            if not balanced:
                 continue
-            ends = [at for at in range(cells) if low <= before[at] <= high and (at in after) == wanted]
-            if ends:
-                break
-        end = rng.choice(ends)
-        last = after[end] if wanted else max(after.values())
-        for step in range(last + 1):
-            colours = {end: RED} | {at: BLUE for at, distance in after.items() if distance <= step}
-            draw(tree, colours)
+            a, b = rng.choice(balanced)
+            for start in rng.sample(range(cells), cells):
+                before = distances(tree, start)
+                cut(tree, a, b)
+                after = distances(tree, start)
+                near, lost = matched_ends(before, after, tree, start)
+                if near:
+                    return tree, after, rng.choice(near if wanted else lost), wanted
+                join(tree, a, b)
+
+    def make() -> int:
+        tree, after, end, wanted = problem()
+        for step in range((after[end] if wanted else max(after.values())) + 1):
+            draw(tree, {end: RED} | {at: BLUE for at, distance in after.items() if distance <= step})
         return 1
 
     return make
@@ -238,7 +264,7 @@ def measure(seconds: float, maze_dataset: str) -> dict[str, dict[str, Any]]:
         one["aim_per_second"] = aim or None
         if name in PLAIN:
             ours = rate(batched(task, low, high, all_frames=True), seconds)
-            plain = plain_cycle(high, image_size) if size is None else plain_maze(size, image_size // size, low, high)
+            plain = plain_maze(task, low, high) if isinstance(task, RectMaze) else plain_cycle(high, image_size)
             theirs = rate(plain, seconds)
             one |= {"all_frames_per_second": ours, "plain_per_second": theirs, "over_plain": ours / theirs}
         if name in foreign:

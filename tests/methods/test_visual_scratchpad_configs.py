@@ -1,0 +1,41 @@
+"""Every shipped config names data and a network that fit together, the large ones included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from datamodules.scratchpad.datamodule import VisualScratchpadTasks
+from zoo.config import load_layers
+from zoo.methods.visual_scratchpad.module import VisualScratchpad
+
+CONFIGS = sorted(
+    path.stem
+    for path in (Path(__file__).parents[2] / "configs" / "visual_scratchpad").glob("*.yaml")
+    if path.stem != "claims"
+)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_data_and_network_fit_together(name: str) -> None:
+    config = load_layers([f"visual_scratchpad/{name}"], []).merged
+    data_options = config["data"]["init_args"] | {"train_size": 4, "val_size": 2, "test_size": 2, "batch_size": 2}
+    data = VisualScratchpadTasks(**data_options | {"num_workers": 0})
+    facts = {key: getattr(data, attribute) for key, attribute in VisualScratchpad.card.links.items()}
+    options: dict[str, Any] = config["model"]["init_args"] | facts
+    options["pretrained"] = False  # would be downloaded
+    if options.get("backbone", "vit") != "vit":
+        options["backbone"] = options["backbone"].replace("base", "tiny")
+    model = VisualScratchpad(**options)
+    data.setup("fit")
+    batch = data.batches("train").batch(0, 0)
+    assert int(batch["num_frames"].max()) <= model.t_max
+    model.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+    with torch.no_grad():
+        losses = model.losses(batch)
+    assert all(torch.isfinite(value) for value in losses.values())
+    assert ("frame" in losses) == (options.get("mode", "inductive") not in ("none", "recurrent"))
+    assert config["trainer"]["max_steps"] > options["self_feed_after"] or options["mode"] == "none"
