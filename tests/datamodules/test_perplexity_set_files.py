@@ -42,7 +42,7 @@ def small_model(tmp_path: Path) -> Path:
 
     torch.manual_seed(0)
     lm = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "initializer_range": 0.5}
-    model = build_lm(lm, len(WORDS))
+    model: Any = build_lm(lm, len(WORDS))
     with torch.no_grad():  # the state at a position says which of the two comes next, by the position alone
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.copy_(20 * model.transformer.wte.weight[WORDS.index("kind")])

@@ -35,8 +35,9 @@ VOCAB = 23
 
 
 def make_model(**changes: Any) -> ContrastivePerplexity:
+    arguments: dict[str, Any] = {"lm": LLAMA, "vocab_size": VOCAB, "eos_id": 2}
     torch.manual_seed(0)
-    return ContrastivePerplexity(**({"lm": LLAMA, "vocab_size": VOCAB, "eos_id": 2} | changes))
+    return ContrastivePerplexity(**(arguments | changes))
 
 
 def make_batch(p: int = 3, n: int = 2, r: int = 0, anchors: int = 2, seed: int = 0) -> dict[str, Any]:
