@@ -168,13 +168,13 @@ def test_frozen_networks_get_no_gradient_and_stay_as_they_are() -> None:
 
 
 def test_a_large_beta_without_a_score_leads_to_the_soup() -> None:
-    module: Any = make(beta=5.0, lr=5e-3, ppo_epochs=2)
+    module: Any = make(beta=5.0, lr=1e-2, ppo_epochs=2)
     module.gold = lambda prompts, tokens, mask: torch.zeros(len(prompts))
     torch.manual_seed(0)
     many = {k: v.repeat(4, *[1] * (v.ndim - 1)) for k, v in BATCH.items()}
     many["row"] = torch.arange(len(many["row"]))
     before = float(module.collect(many, 1)[1]["kl"])
-    for step in range(30):
+    for step in range(12):
         module.training_step(many, step)
     assert float(module.collect(many, 1)[1]["kl"]) < 0.5 * before
 

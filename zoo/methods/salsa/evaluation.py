@@ -173,7 +173,7 @@ def surface_metrics(surface: Mapping[str, Tensor], plane: Mapping[str, Any], bet
 
 def keep_answers(module: Any) -> None:
     """Write some prompts and answers to `answers.jsonl`, and a table to W&B, if the data can decode them."""
-    data = getattr(module.trainer, "datamodule", None)
+    data: Any = getattr(module.trainer, "datamodule", None)
     if rank() != 0 or not hasattr(data, "decode") or not module._drawn.get("answers"):
         return
     prompts, mask, tokens, answer_mask = (part[:KEPT] for part in module._drawn["answers"][0])

@@ -223,7 +223,7 @@ class Salsa(LightningModule):
         self.mode, self.alpha, self.members = read_reference(reference)
         self.save_hyperparameters()
         self.automatic_optimization = False
-        network = no_dropout(build_lm(lm, vocab_size))
+        network: Any = no_dropout(build_lm(lm, vocab_size))
         needed = answer_length + 1
         limit = getattr(network.config, "max_position_embeddings", None)
         if limit is not None and needed > limit:
@@ -420,7 +420,7 @@ class Salsa(LightningModule):
         Raises:
             ValueError: If the data have none.
         """
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "reward"):
             raise ValueError("reward_model: none is given, and the data have no programmatic reward")
         return data.reward(prompt_ids, tokens, mask).float()
@@ -428,7 +428,9 @@ class Salsa(LightningModule):
     def reference_logprobs(self, *answers: Tensor) -> Tensor:
         """Log-probabilities of answers under the reference, `[B, T]`; for `mkl` their mean over two models."""
         kinds = ("sft", "other") if self.mode == "mkl" else (self.mode,)
-        found = [answer_likelihood(self.frozen[k], *answers, self.sampling.temperature).logprobs for k in kinds]
+        found = [
+            answer_likelihood(self.frozen[k], *answers, temperature=self.sampling.temperature).logprobs for k in kinds
+        ]
         return found[0] if len(found) == 1 else losses.mkl_logprobs(found)
 
     # Training
@@ -475,7 +477,10 @@ class Salsa(LightningModule):
         watched["rlhf_reward"] = watched["score"] - hp["beta"] * watched["kl"]
         if "sft" in self.frozen and self.mode != "sft":
             sft = torch.cat(
-                [answer_likelihood(self.frozen["sft"], *p, self.sampling.temperature).logprobs for p in parts]
+                [
+                    answer_likelihood(self.frozen["sft"], *p, temperature=self.sampling.temperature).logprobs
+                    for p in parts
+                ]
             )
             watched["kl_sft"] = losses.masked_mean(torch.where(mask, losses.k1(logprobs, sft), 0).sum(dim=1), every)
         self._watch_collapse(watched)
@@ -489,7 +494,7 @@ class Salsa(LightningModule):
     def evaluate_policy(self, *answers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities and entropies of answers under the policy, and values before each token; each `[B, T]`."""
         shared = isinstance(self.value, nn.Linear)
-        found = answer_likelihood(self.policy, *answers, self.sampling.temperature, hidden=shared)
+        found = answer_likelihood(self.policy, *answers, temperature=self.sampling.temperature, hidden=shared)
         if self.value is None:
             return found.logprobs, torch.zeros_like(found.logprobs), found.entropy
         if found.hidden is not None:
@@ -607,7 +612,7 @@ class Salsa(LightningModule):
             "no_eos": 1 - ((tokens == self.sampling.eos_id) & mask).any(dim=1).float(),
         }
         if "sft" in self.frozen:
-            sft = answer_likelihood(self.frozen["sft"], *answers, self.sampling.temperature).logprobs
+            sft = answer_likelihood(self.frozen["sft"], *answers, temperature=self.sampling.temperature).logprobs
             found["kl_sft"] = found["kl"] if self.mode == "sft" else kl(sft)
         if hasattr(getattr(self.trainer, "datamodule", None), "reward"):
             found["reward"] = self.gold(batch["prompt_ids"], tokens, mask)

@@ -256,6 +256,7 @@ def answer_likelihood(
     prompt_mask: Tensor,
     tokens: Tensor,
     mask: Tensor,
+    *,
     temperature: float = 1.0,
     hidden: bool = False,
 ) -> Likelihood:
