@@ -16,8 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +42,8 @@ SPLITS = ("train", "val_id", "val_ood", "test_id", "test_ood")
 ANSWERS = ("no", "yes")
 
 
-class Problem(NamedTuple):
+@dataclass(frozen=True)
+class Problem:
     """One problem, drawn.
 
     Args:
@@ -177,7 +179,7 @@ def export(
     task.check(*difficulty)
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is there already and not empty: choose another --output")
-    problems = drawn_problems(task, seed, split, samples, *difficulty, stride)
+    problems = drawn_problems(task, seed, split, samples, difficulty[0], difficulty[1], stride)
     writers: dict[str, Callable[[], list[dict]]] = {
         "folders": lambda: write_folders(problems, output, split, frames, scale),
         "huggingface": lambda: write_dataset(problems, output, split, frames, scale),
