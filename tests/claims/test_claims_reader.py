@@ -78,7 +78,7 @@ CLAIM_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "bool margin": ({"margin": True}, "margin: expected a number"),
     "aggregate": ({"aggregate": "mode"}, "'mode' is not known.*median"),
     "constants": ({"left": 1, "right": 2}, "has to be the metric of a run"),
-    "id": ({"id": "A b"}, "lower-case words joined by hyphens"),
+    "id": ({"id": "A b"}, "lower-case words and numbers joined by hyphens"),
     "statement": ({"statement": ""}, "statement: expected a text"),
     "note": ({"note": True}, "note: expected a text"),
 }

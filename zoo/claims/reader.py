@@ -192,8 +192,8 @@ def _claim(reader: _Reader, value: Any, place: str, runs: Mapping[str, Run]) -> 
     required = ("id", "statement", "paper", "left", "right")
     body = reader.mapping(value, place, required, ("margin", "aggregate", "note"))
     claim_id = reader.text(body["id"], f"{place}.id")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", claim_id):
-        raise reader.error(f"{place}.id", f"expected lower-case words joined by hyphens, got {claim_id!r}")
+    if not re.fullmatch(r"[a-z0-9]+(?:[.-][a-z0-9]+)*", claim_id):
+        raise reader.error(f"{place}.id", f"expected lower-case words and numbers joined by hyphens, got {claim_id!r}")
     place = f"{place} ({claim_id})"
     left, right = (_side(reader, body[key], f"{place}.{key}", runs) for key in ("left", "right"))
     if not left.run and not right.run:
