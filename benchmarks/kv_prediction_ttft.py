@@ -27,7 +27,7 @@ from zoo.methods.kv_prediction.models import from_transformers
 from zoo.methods.kv_prediction.networks import CausalLM, KVPredictor
 from zoo.nn.lm import build_lm
 
-BASE = {
+BASE: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 4096,
     "hidden_size": 384,
@@ -38,7 +38,13 @@ BASE = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
-AUXILIARY = {**BASE, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
+AUXILIARY: dict[str, Any] = {
+    **BASE,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
 #: Batch and prompt: the paper's main table, its second plot.
 SHAPES = [(64, 59), (8, 128), (8, 256), (8, 512), (2, 1024)]
 DECODED = 32
@@ -109,7 +115,7 @@ def make() -> Ways:
     torch.manual_seed(0)
     theirs = build_lm(BASE)
     base, auxiliary = from_transformers(theirs).eval(), from_transformers(build_lm(AUXILIARY)).eval()
-    ids = torch.randint(BASE["vocab_size"], (2, 64))  # type: ignore[arg-type]
+    ids = torch.randint(BASE["vocab_size"], (2, 64))
     torch.testing.assert_close(base.logits(base(ids)[0]), theirs(ids).logits, atol=1e-4, rtol=1e-4)
     layer_map = canonical_map(auxiliary.shape.depth, base.shape.depth)
     return Ways(theirs, base, auxiliary, KVPredictor(auxiliary.shape, base.shape, layer_map))
