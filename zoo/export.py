@@ -80,8 +80,9 @@ def export(model: pl.LightningModule, folder: Path) -> dict[str, str]:
         RuntimeError: If what was written does not read back equal.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if hasattr(model, "export"):
-        model.export(str(folder))
+    own: Any = getattr(model, "export", None)
+    if own is not None:
+        own(str(folder))
         return {str(folder): "as the method says: zoo info shows its docstring"}
     written: dict[str, str] = {}
     rest = dict(model.state_dict())
@@ -122,7 +123,7 @@ def _timm(part: Any, folder: Path) -> str:
 
     architecture = part.pretrained_cfg.get("architecture") or part.default_cfg.get("architecture")
     stem = next((m for m in part.modules() if isinstance(m, nn.Conv2d)), None)
-    options = {"num_classes": getattr(part, "num_classes", 0), "in_chans": stem.in_channels if stem else 3}
+    options: dict[str, Any] = {"num_classes": getattr(part, "num_classes", 0), "in_chans": stem.in_channels if stem else 3}
     save_tensors(part.state_dict(), folder)
     try:
         back = timm.create_model(architecture, pretrained=False, **options)
