@@ -227,7 +227,12 @@ class ImageTextSet(ZooDataModule):
         if "{}" not in prompt:
             raise ValueError(f"prompt: {prompt!r} is not accepted; accepted: words with {{}} for the class")
         self.source, self.val_source, self.val_images = source, val_source, val_images
-        self.reading = {"captions": captions, "image": image_column, "caption": caption_column, "split": hub_split}
+        self.reading: dict[str, Any] = {
+            "captions": captions,
+            "image": image_column,
+            "caption": caption_column,
+            "split": hub_split,
+        }
         self.tokenizer, self.context_length, self.truncate = tokenizer, context_length, truncate
         self.class_root = None if class_root is None else Path(class_root).expanduser()
         self.class_names, self.prompt = class_names, prompt

@@ -107,7 +107,7 @@ class LabelledFolders(ImageFolders):
         train = create_transform(
             **common,
             is_training=True,
-            scale=tuple(scale or (0.08, 1.0)),
+            scale=tuple(scale or (0.08, 1.0)),  # type: ignore[arg-type]
             hflip=flip,
             color_jitter=color_jitter,
             auto_augment=auto_augment,

@@ -123,7 +123,8 @@ def _timm(part: Any, folder: Path) -> str:
 
     architecture = part.pretrained_cfg.get("architecture") or part.default_cfg.get("architecture")
     stem = next((m for m in part.modules() if isinstance(m, nn.Conv2d)), None)
-    options: dict[str, Any] = {"num_classes": getattr(part, "num_classes", 0), "in_chans": stem.in_channels if stem else 3}
+    channels = stem.in_channels if stem else 3
+    options: dict[str, Any] = {"num_classes": getattr(part, "num_classes", 0), "in_chans": channels}
     save_tensors(part.state_dict(), folder)
     try:
         back = timm.create_model(architecture, pretrained=False, **options)

@@ -153,8 +153,9 @@ class Subject:
         Raises:
             Broken: If it is known already that the config cannot be trained as it is shipped.
         """
-        if isinstance(self.__dict__.get("_base"), Broken):
-            raise self._base
+        known = self.__dict__.get("_base")
+        if isinstance(known, Broken):
+            raise known
         return in_process("fit", run_dir=self.new_folder(tag), **self.words(overrides, callbacks))
 
     def child(

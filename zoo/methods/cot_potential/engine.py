@@ -208,7 +208,7 @@ class ForkedLayer(DynamicLayer):
             self._buffers[index][:, :, self.length : end] = new
         self.length = end
         self._look()
-        return self.keys, self.values
+        return self.keys, self.values  # type: ignore[return-value]
 
     def keep(self, rows: Tensor) -> None:
         """Drop all other rows."""
@@ -336,7 +336,7 @@ class LocalEngine:
         room = np.array([self.policy.budget - jobs[i].cut for i in numbers])
         room = room if not most else room.clip(max=most)
         ends = np.array(sorted({*self.eos_ids, *stop}))
-        return self._decode(Cache(layers=forks), logits, keys, lengths, room, longest, ends)
+        return self._decode(Cache(layers=forks), logits, keys, lengths, room, longest, ends)  # type: ignore[arg-type]
 
     def _decode(
         self,

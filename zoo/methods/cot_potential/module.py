@@ -150,7 +150,7 @@ class CoTPotential(LightningModule):
             known = [key for key in Settings.__dataclass_fields__ if key != "samples"]
             raise ValueError(f"analysis.{unknown[0]}: not accepted; {did_you_mean(unknown[0], known)}")
         sizes = {key: tuple(v) if isinstance(v, list) else v for key, v in (analysis or {}).items()}
-        self.settings = Settings(samples=samples, **sizes)
+        self.settings = Settings(samples=samples, **sizes)  # type: ignore[arg-type]
         self.net: Any = build_lm(lm, vocab_size or None).train() if lm else nn.Module()
         self.val_metrics = nn.ModuleDict({name: MeanMetric() for name in _TRACE_METRICS})
         self.test_metrics = nn.ModuleDict({name: MeanMetric() for name in _TRACE_METRICS})
@@ -276,7 +276,7 @@ class CoTPotential(LightningModule):
         for kind in ("easy", "hard"):
             own, target = (self.test_metrics[f"p_{what}_{kind}"] for what in ("right", "target"))
             if own.update_called:
-                metrics[f"p_right_{kind}_error"] = float((own.compute() - target.compute()).abs())
+                metrics[f"p_right_{kind}_error"] = float((own.compute() - target.compute()).abs())  # type: ignore[operator]
         for name, bench in self._benches.items():
             meter = getattr(bench.engine, "meter", None)
             if meter is not None:
