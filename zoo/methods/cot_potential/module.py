@@ -192,6 +192,10 @@ class CoTPotential(LightningModule):
 
     # analysis
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Problems are objects that stay as they are; Lightning would take them apart."""
+        return batch if "problems" in batch else super().transfer_batch_to_device(batch, device, dataloader_idx)
+
     def bench(self, name: str = "model") -> Bench:
         """The engine with what goes with it, of the `model` or of the `provider`."""
         if name not in self._benches:
