@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback
@@ -34,6 +34,8 @@ WARMUP = 3
 
 class Marks(Callback):
     """Processor time at the end of each batch of a fit."""
+
+    times: ClassVar[list[float]] = []
 
     def __init__(self) -> None:
         super().__init__()

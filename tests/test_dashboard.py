@@ -160,7 +160,8 @@ def test_axes() -> None:
     assert parameter("depth", {"min": 1, "max": 4})["distribution"] == "int_uniform"
     assert parameter("x", {"min": 0.0, "max": 1.0})["distribution"] == "uniform"
     assert parameter("n", {"min": 1, "max": 64, "log": True})["distribution"] == "q_log_uniform_values"
-    for wrong in ({"min": 2, "max": 1}, {"values": []}, {"min": 1}, {"values": [1], "min": 0}):
+    wrongs: list[dict[str, Any]] = [{"min": 2, "max": 1}, {"values": []}, {"min": 1}, {"values": [1], "min": 0}]
+    for wrong in wrongs:
         with pytest.raises(UsageError, match="search: lr: "):
             parameter("lr", wrong)
     with pytest.raises(UsageError, match="'vals' is not accepted; did you mean 'values'"):

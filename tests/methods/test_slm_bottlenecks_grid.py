@@ -100,7 +100,7 @@ def test_warm_up_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_slowest_rank_counts() -> None:
-    ranks = [{"seconds": s, "step_seconds": [s], "losses": [s], "mem_active_gib": 3 - s, "mem_reserved_gib": s,
+    ranks: list[Mapping[str, Any]] = [{"seconds": s, "step_seconds": [s], "losses": [s], "mem_active_gib": 3 - s, "mem_reserved_gib": s,
               "alloc_retries": 0} for s in (1.0, 2.0)]  # fmt: skip
     joined = join_ranks(ranks)
     assert (joined["seconds"], joined["mem_active_gib"], joined["mem_reserved_gib"]) == (2.0, 2.0, 2.0)

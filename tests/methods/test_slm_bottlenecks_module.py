@@ -166,7 +166,9 @@ def test_loss_is_weighted_by_tokens(tmp_path: Path) -> None:
     """Two batches of different sizes: the mean over their tokens, not over the batches."""
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randint(64, (6, 17), generator=generator, dtype=torch.int32)
-    batches = [{"input_ids": blocks[a:b, :-1].long(), "labels": blocks[a:b, 1:].long()} for a, b in ((0, 4), (4, 6))]
+    batches: Any = [
+        {"input_ids": blocks[a:b, :-1].long(), "labels": blocks[a:b, 1:].long()} for a, b in ((0, 4), (4, 6))
+    ]
     model = make()
     (metrics,) = trainer(tmp_path).test(model, DataLoader(batches, batch_size=None), verbose=False)
     expected = model.net(blocks[:, :-1].long(), blocks[:, 1:].long())

@@ -223,7 +223,7 @@ def test_bad_commands(argv: list[str], message: str, capsys: pytest.CaptureFixtu
     assert message in capsys.readouterr().err
 
 
-GRID = {
+GRID: dict[str, Any] = {
     "axes": {"size": "s", "attention": ["eager", "sdpa"], "batch": [1, 2], "seq_len": 16, "precision": "32-true"},
     "sizes": {"s": {"vocab_size": 64, "width": 32, "depth": 1, "head_dim": 16}},
     "effort": {"device": "cpu", "threads": 1, "steps": 2, "warmup": 1},

@@ -96,7 +96,7 @@ def test_the_papers_four_figures() -> None:
     figures = paper_figures(published_rows())
     assert set(figures) == {"attention", "hardware", "communication", "batch"}
     for name, (lines, points) in {"attention": (2, 7), "hardware": (3, 7), "communication": (3, 4)}.items():
-        axes = figures[name].axes
+        axes: list[Any] = list(figures[name].axes)
         assert [axis.get_title() for axis in axes] == list(SIZES)
         assert all(len(axis.containers) == lines for axis in axes)
         assert all(len(axis.containers[0].lines[0].get_xdata()) == points for axis in axes)
