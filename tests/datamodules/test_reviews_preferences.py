@@ -96,16 +96,16 @@ def test_prompts_are_padded_on_the_left_and_end_before_the_answer(tmp_path: Path
 
 
 def test_long_prompts(tmp_path: Path, source: str) -> None:
-    data = make(tmp_path, source, max_prompt_length=13, batch_size=2)
+    data = make(tmp_path, source, max_prompt_length=8, batch_size=2)
     assert len(data.read("train_prefs").prompts) == 4, "the longer half is dropped"
-    with pytest.raises(ValueError, match=r"4 prompts of .* are longer than 13 tokens, the longest 14"):
-        make(tmp_path, source, max_prompt_length=13, too_long="error").read("train_prefs")
+    with pytest.raises(ValueError, match=r"4 prompts of .* are longer than 8 tokens, the longest 9"):
+        make(tmp_path, source, max_prompt_length=8, too_long="error").read("train_prefs")
     with pytest.raises(ValueError, match="8 prompts"):
         make(tmp_path, source, max_prompt_length=2).read("train_prefs")
 
 
 def test_long_answers_are_cut_without_an_end(tmp_path: Path, source: str) -> None:
-    data = make(tmp_path, source, stage="demonstrations", max_prompt_length=14, max_length=15)
+    data = make(tmp_path, source, stage="demonstrations", max_prompt_length=9, max_length=10)
     assert {len(a) for a in data.read("train_sft").answers} == {1, 2}
     assert all(int(a[-1]) != data.eos_id for a in data.read("train_sft").answers)
 
