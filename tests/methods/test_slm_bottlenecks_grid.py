@@ -100,8 +100,11 @@ def test_warm_up_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_slowest_rank_counts() -> None:
-    ranks: list[Mapping[str, Any]] = [{"seconds": s, "step_seconds": [s], "losses": [s], "mem_active_gib": 3 - s, "mem_reserved_gib": s,
-              "alloc_retries": 0} for s in (1.0, 2.0)]  # fmt: skip
+    ranks: list[Mapping[str, Any]] = [
+        {"seconds": s, "step_seconds": [s], "losses": [s], "mem_active_gib": 3 - s, "mem_reserved_gib": s}
+        | {"alloc_retries": 0}
+        for s in (1.0, 2.0)
+    ]
     joined = join_ranks(ranks)
     assert (joined["seconds"], joined["mem_active_gib"], joined["mem_reserved_gib"]) == (2.0, 2.0, 2.0)
     assert joined["losses"] == [1.5]
