@@ -57,7 +57,7 @@ def options(files: Path, **model: Any) -> dict[str, Any]:
     data |= {"batch_size": 6, "eval_batch_size": 8, "num_workers": 0, "image_size": 12, "scale": [0.8, 1.0]}
     model = {"trunk": TRUNK, "lr": 1e-2, "warmup_steps": 2} | model
     trainer = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "max_steps": 4, "strategy": "auto"}
-    trainer |= {"val_check_interval": 4}
+    trainer |= {"val_check_interval": 4, "log_every_n_steps": 1}
     parts = {"data.init_args.": data, "model.init_args.": model, "trainer.": trainer}
     return {prefix + key: value for prefix, part in parts.items() for key, value in part.items()}
 
