@@ -194,6 +194,7 @@ def test_no_room_and_no_end(stub: Stub) -> None:
         engine.complete([Job(opened, 7, 1, range(2))])
 
 
+@pytest.mark.filterwarnings("ignore:You have overridden `transfer_batch_to_device`")  # see skip_checks of the card
 def test_a_whole_analysis_from_files(stub: Stub, tmp_path: Path) -> None:
     problems, traces = tmp_path / "problems.jsonl", tmp_path / "traces.jsonl"
     rows = [{"key": k, "question": f"{k}: 2 + 2?", "answer": "4"} for k in "ab"]

@@ -97,6 +97,9 @@ class CoTPotential(LightningModule):
         batch="datamodules.reasoning_chain.ReasoningBatch",
         kind="language, analysis",
         links={"vocab_size": "vocab_size", "eos_id": "eos_id"},
+        skip_checks={
+            "warnings": "Lightning remarks that the module says how problems are moved to a device, not the datamodule"
+        },
     )
 
     def __init__(
