@@ -248,7 +248,7 @@ def test_sequential_stopping_draws_less_and_never_more_than_asked() -> None:
     trials = [n for curve in curves for n in curve.trials[:-1]]
     assert max(trials) <= 256
     assert min(trials) < 100
-    assert all(n >= 32 for n in trials)
+    assert all(n >= 22 for n in trials)  # with fewer the interval is wider, whatever was seen
 
 
 def test_optimised_traces_are_right_more_often_and_one_candidate_is_natural() -> None:
