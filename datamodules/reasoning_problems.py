@@ -60,7 +60,7 @@ class TextProblem:
         reference: The right answer; for `code` its tests.
         form: One of `FORMS`.
         tokenizer: A tokenizer of `transformers`, or None for the texts of a server.
-        program: What stands before a model's program (`code`), as its signature.
+        program: What stands before a model's program (`code`), such as imports.
     """
 
     key: str
@@ -259,7 +259,8 @@ class ReasoningProblems(ZooDataModule):
         if form == "code":
             if not self.run_code:
                 raise ValueError("run_code: false, but the answers are programs; true runs what the model writes")
-            program, reference = f"{question}\n", f"{reference}\ncheck({row['entry_point']})\n"
+            # the model writes the whole function; its imports stand in the question
+            program, reference = str(question).partition("def ")[0], f"{reference}\ncheck({row['entry_point']})\n"
         template = self.template or (_CODE_TEMPLATE if form == "code" else _TEMPLATE)
         return TextProblem(key, template.format(question=question), str(reference), form, self.tokenizer, program)
 
@@ -362,7 +363,9 @@ def _read_gym(data: ReasoningProblems) -> list[dict[str, Any]]:
     try:
         import reasoning_gym
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("these tasks are the package reasoning-gym: pip install 'method-zoo[reasoning]'") from error
+        raise ModuleNotFoundError(
+            "these tasks are the package reasoning-gym: pip install 'method-zoo[reasoning]'"
+        ) from error
     return list(reasoning_gym.create_dataset(data.path, size=data.num_problems or 100, seed=data.data_seed))
 
 

@@ -128,13 +128,13 @@ def test_loss_counts_the_trace_alone_and_halves_average_to_the_whole() -> None:
     for b in range(4):
         own = [t for t in range(6) if labels[b, t] != -100]
         naive += sum(-float(logits[b, t].detach().log_softmax(0)[labels[b, t]]) for t in own) / len(own) / 4
-    assert float(loss) == pytest.approx(naive, abs=1e-6)
+    assert float(loss.detach()) == pytest.approx(naive, abs=1e-6)
     (gradient,) = torch.autograd.grad(loss, logits)
     assert not gradient[:, :2].any()
     assert not gradient[1, 4:].any()
     assert bool(gradient[:, 2:4].any(dim=-1).all())
     halves = (trace_loss(logits[:2], labels[:2]) + trace_loss(logits[2:], labels[2:])) / 2
-    assert float(halves) == pytest.approx(float(loss), abs=1e-6)
+    torch.testing.assert_close(halves, loss, rtol=0, atol=1e-6)
 
 
 def test_transfer_rounds_up_to_a_boundary_and_never_gives_the_answer() -> None:

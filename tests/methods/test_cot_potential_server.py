@@ -206,7 +206,7 @@ def test_a_whole_analysis_from_files(stub: Stub, tmp_path: Path) -> None:
         "model.budget": 40,
         "model.analysis": {"pass_samples": 4, "guess_samples": 4},
         "data.path": str(problems),
-        "data.template": "{question}\n",
+        "data.template": "Question {question}\n",
     }
     call: dict[str, Any] = {"config": "cot_potential/server", "wandb": "disabled"}
     found = run("test", overrides=overrides, run_dir=tmp_path / "test", **call)
