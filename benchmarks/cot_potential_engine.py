@@ -86,7 +86,8 @@ def main() -> None:
     options = config["model"]["init_args"]
     model = trained_model(data, options["lm"], args.train_steps)
     budget, pad = options["budget"], data.task.ids["PAD"]
-    problems, written = data.given_traces()
+    given: Any = data.given_traces()
+    problems, written = given
     chunker = Chunker("step_token", token="SEP")
     traces = [make_trace(p, t[0], chunker, "t") for p, t in zip(problems, written, strict=True)]
 
