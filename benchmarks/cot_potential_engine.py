@@ -3,7 +3,7 @@
 A small model is trained on the chain first, so that its completions end as they do in an analysis. All ways estimate
 the same curves with the same number of completions and take turns in one run.
 
-    python benchmarks/cot_potential_engine.py [--traces 16] [--samples 128] [--rounds 3] [--train-steps 400]
+    python benchmarks/cot_potential_engine.py [--traces 6] [--samples 128] [--rounds 3] [--train-steps 400]
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def cache_bytes(model: Any, rows: int, tokens: int) -> int:
 def main() -> None:
     """Measure, print and write the file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--traces", type=int, default=16)
+    parser.add_argument("--traces", type=int, default=6)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3, help="rounds; the ways take turns")
     parser.add_argument("--train-steps", type=int, default=400)

@@ -53,8 +53,8 @@ class CoTPotential(LightningModule):
         eos_id: Token that ends a text; from the data.
         provider: Model whose correct traces are analysed: a checkpoint of a run of this method, a path or a name. Empty
             for the model itself. With another one, `transfer` tells how much of its traces the model needs.
-        server: An OpenAI-compatible server instead of `lm`: `{url: http://127.0.0.1:8000/v1, model: .., concurrency: 8,
-            retries: 5, timeout: 120, max_tokens_total: 0}`, see `zoo.methods.cot_potential.server`.
+        server: An OpenAI-compatible server instead of `lm`: `{url: http://127.0.0.1:8000/v1, model: NAME}`, with further
+            options of `zoo.methods.cot_potential.server.ServerEngine`, such as `concurrency` and `max_tokens_total`.
         engine: `fork` the cache of one prefill, a prefill for each boundary (`prefix`), or for each completion
             (`naive`): the same numbers at different cost.
         max_rows: Most completions that are decoded together.
