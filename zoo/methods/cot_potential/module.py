@@ -53,10 +53,10 @@ class CoTPotential(LightningModule):
         eos_id: Token that ends a text; from the data.
         provider: Model whose correct traces are analysed: a checkpoint of a run of this method, a path or a name. Empty
             for the model itself. With another one, `transfer` tells how much of its traces the model needs.
-        server: An OpenAI-compatible server instead of `lm`: `{url: http://127.0.0.1:8000/v1, model: NAME}`, with further
+        server: An OpenAI-compatible server instead of `lm`: `{url: http://127.0.0.1:8000/v1, model: NAME}`, and more
             options of `zoo.methods.cot_potential.server.ServerEngine`, such as `concurrency` and `max_tokens_total`.
-        engine: `fork` the cache of one prefill, a prefill for each boundary (`prefix`), or for each completion
-            (`naive`): the same numbers at different cost.
+        engine: `fork` the cache of one prefill, `prefix` (a prefill for each boundary), or `naive`, which has one for
+            each completion. They give the same numbers at different cost.
         max_rows: Most completions that are decoded together.
         temperature: Of the completions; 0 is greedy.
         top_p: Nucleus of the completions, after the temperature.
