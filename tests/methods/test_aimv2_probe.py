@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,7 @@ def run(probe: AIMv2Probe, **changes: Any) -> tuple[Trainer, dict[str, float]]:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
+        default_root_dir=tempfile.mkdtemp(),
         max_steps=60,
         val_check_interval=20,
         check_val_every_n_epoch=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,13 +157,15 @@ def train(args: argparse.Namespace) -> DynaMoE:
         warmup_steps=min(10, args.router_steps // 4),
         vocab_size=data.vocab_size,
     )
-    trainer = Trainer(
-        max_steps=args.router_steps,
-        limit_val_batches=0,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(method, data)
+    with tempfile.TemporaryDirectory() as folder:  # what the data write about themselves is of no use here
+        trainer = Trainer(
+            max_steps=args.router_steps,
+            limit_val_batches=0,
+            gradient_clip_val=1.0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+        )
+        trainer.fit(method, data)
     return method
