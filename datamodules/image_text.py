@@ -135,8 +135,11 @@ class _Pairs(Batches):
 class _Classes(Batches):
     """Labelled images in folders of their classes, each with the caption that names its class."""
 
-    def __init__(self, data: ImageTextSet) -> None:
-        self.paths, self.target = data.labelled
+    def __init__(self, data: ImageTextSet, count: int | None = None) -> None:
+        paths, target = data.labelled
+        count = len(paths) if count is None else min(count, len(paths))
+        chosen = torch.arange(count) * len(paths) // count  # evenly spread: files are sorted by class
+        self.paths, self.target = [paths[i] for i in chosen.tolist()], target[chosen]
         self.prompts = padded(data.class_prompts or [], data.pad_id)
         self.size, self.transform = data.eval_batch_size, data.transforms[1]
 
@@ -170,7 +173,8 @@ class ImageTextSet(ZooDataModule):
             SigLIP, the end of a caption is not learned, as in the released code.
         context_length: Most tokens of a caption.
         truncate: Cut longer captions; else they are refused.
-        class_root: Folder of labelled images, `class_root/<class>/*`, to test on: contrastive objectives classify them.
+        class_root: Folder of labelled images, `class_root/<class>/*`, to test on and, `val_images` of them, to
+            validate on instead of pairs: contrastive objectives classify them by captions of the classes.
         class_names: Text file with one name of a class in each line, in the order of the sorted folders; null for the
             names of the folders.
         prompt: Caption of a class, `{}` stands for its name.
@@ -344,7 +348,9 @@ class ImageTextSet(ZooDataModule):
         return self.loader(_Pairs(self, *self.parts["train"], train=True))
 
     def val_dataloader(self) -> ResumableLoader:
-        """Serve `ImageTextBatch` of the validation pairs."""
+        """Serve `ImageTextBatch` of some labelled images, if there is a `class_root`, else of validation pairs."""
+        if self.class_root is not None:
+            return self.loader(_Classes(self, self.val_images), same_every_epoch=True)
         return self.loader(_Pairs(self, *self.parts["val"], train=False), same_every_epoch=True)
 
     def test_dataloader(self) -> ResumableLoader:

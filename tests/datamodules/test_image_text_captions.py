@@ -239,6 +239,8 @@ def test_classes_are_told_by_prompts(tmp_path, tokenizer):
     assert torch.cat([b["target"] for b in batches]).tolist() == [0, 0, 1, 1, 1]
     assert [number_of(data, image) for b in batches for image in b["image"]] == [1, 2, 3, 4, 5]
     assert data.decode(batches[1]["text"][0].tolist()) == "a photo of a dog"
+    val = list(data.val_dataloader())  # two of the five, evenly spread
+    assert torch.cat([b["target"] for b in val]).tolist() == [0, 1]
     (tmp_path / "names.txt").write_text("cat\n")
     with pytest.raises(ValueError, match="has 1 names; accepted: one for each of the 2 folders"):
         _ = make_data(source, tokenizer, class_names=str(tmp_path / "names.txt"), **options).class_prompts
