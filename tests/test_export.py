@@ -23,7 +23,8 @@ def trained(config: str, folder: Path, **overrides: object) -> Path:
 def test_a_timm_backbone_loads_in_timm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import timm
 
-    folder = trained("suave/smoke", tmp_path / "run", **{"model.init_args.backbone": {"name": "timm:resnet10t"}})
+    backbone = {"name": "timm:resnet10t", "channels": [64, 128, 256, 512]}  # in place of the smoke config's
+    folder = trained("suave/smoke", tmp_path / "run", **{"model.init_args.backbone": backbone})
     assert main(["export", str(folder), "--to", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     place = next((tmp_path / "out").glob("*backbone*"))

@@ -252,6 +252,8 @@ def test_what_is_said_of_a_surface() -> None:
     assert found["optimum_soup"] == pytest.approx(1.6)
 
 
+# Lightning's remark on the value network, which the card of the method names
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
 def test_the_three_methods_chain(tmp_path: Path, endpoint: str) -> None:
     """Pre-training, two members, a reward model and SALSA from their checkpoints, with all that a test can compare."""
     import matplotlib
