@@ -1,6 +1,6 @@
 """A training step of AIMv2 against the same model with dense additive masks and separate passes for image and text.
 
-    python benchmarks/aimv2_step.py [--config aimv2/gpu] [--batch 32] [--rounds 9] [--threads 1] [--device cpu]
+    python benchmarks/aimv2_step.py [--config aimv2/gpu] [--batch 8] [--rounds 9] [--threads 1] [--device cpu]
     python benchmarks/aimv2_step.py --config aimv2/pretrain_large --batch 64 --device cuda   # the model's FLOPs too
 
 The slow way is what a straightforward implementation does: float masks of minus infinity in encoder and decoder, one
@@ -130,7 +130,7 @@ def main() -> None:
     """Measure, print and write the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", choices=sorted(FACTS), default="aimv2/gpu")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9, help="steps of each; both ways take turns")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
