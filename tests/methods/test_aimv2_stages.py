@@ -66,7 +66,6 @@ def checkpoint(result: Any) -> str:
     return str(max((result.run_dir / "checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime))
 
 
-@pytest.mark.slow
 def test_every_stage_goes_on_from_the_one_before(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
 
