@@ -159,6 +159,19 @@ def test_wrong_options_are_misuse(world: World, capsys: pytest.CaptureFixture[st
     assert world.calls() == []
 
 
+def test_a_figure_has_what_the_claims_compare_and_a_few_reports() -> None:
+    from zoo.claims.figures import PANELS, _panels
+
+    names = [f"m{n}" for n in range(20)]
+    runs = {run: {"0": dict.fromkeys([*names, "alone"], 0.5)} for run in ("a", "b")}
+    claim = {"id": "c", "left": {"run": "a", "metric": "m3"}, "right": {"run": "b", "metric": "m3"}}
+    reported = [{"run": "a", "metric": "alone"}, *({"run": run, "metric": name} for name in names for run in runs)]
+    panels = _panels({"runs": runs, "claims": [claim], "reports": [{"values": reported}]})
+    assert list(panels) == ["m3", "m0", "m1", "m2", "m4", "m5", "m6", "m7"]
+    assert len(panels) == PANELS
+    assert panels["m3"][1] == [claim]
+
+
 class TestOfThisRepository:
     """What is committed below `results/`."""
 

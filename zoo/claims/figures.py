@@ -10,6 +10,8 @@ from typing import Any
 from zoo.claims.judge import spread
 from zoo.claims.results import metric_of
 
+#: Rows of panels at most, unless the claims have more metrics.
+PANELS = 8
 ROW_INCHES = 0.26
 WIDTH_INCHES = 10.0
 DOTS_PER_INCH = 130
@@ -17,7 +19,7 @@ COLOURS = {True: "tab:green", False: "tab:red", None: "tab:gray"}
 
 
 def draw(result: Mapping[str, Any], path: Path) -> bool:
-    """Draw a row of panels for each metric that the claims compare or the reports show, and save them as PNG.
+    """Draw a row of panels for each metric that the claims compare, then of the reports, and save them as PNG.
 
     On the left every run: seeds as dots, the mean as a stroke, the standard deviation as a band. On the right the
     claims on that metric: `left - right` of each seed as dots, what is judged as a stroke, the margin as a dashed line,
@@ -60,10 +62,13 @@ def _panels(result: Mapping[str, Any]) -> dict[str, tuple[dict[str, list[float]]
                 add(side["run"], side["metric"], panel)
         if panel in shown:
             shown[panel][1].append(claim)
+    of_claims = len(shown)
     for report in result["reports"]:
         for value in report["values"]:
             add(value["run"], value["metric"], value["metric"])
-    return shown
+    # the page has every number of the reports; a picture is for comparing runs
+    compared = [name for name, (runs, claims) in shown.items() if claims or len(runs) > 1]
+    return {name: shown[name] for name in compared[: max(of_claims, PANELS)]}
 
 
 def _draw_runs(axes: Any, metric: str, runs: Mapping[str, list[float]]) -> None:
