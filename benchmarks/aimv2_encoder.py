@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import Aimv2VisionConfig, Aimv2VisionModel
 
 from zoo.bench.report import comparison, write_bench
-from zoo.methods.aimv2.networks import build_trunk
+from zoo.methods.aimv2.encoder import build_trunk
 from zoo.methods.aimv2.weights import trunk_to_transformers, vision_config
 
 

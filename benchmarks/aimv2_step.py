@@ -25,9 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.bench.report import comparison, peak_flops, write_bench
 from zoo.config import load_layers
+from zoo.methods.aimv2.decoder import Decoder
+from zoo.methods.aimv2.encoder import Trunk
 from zoo.methods.aimv2.losses import prefix_mask
 from zoo.methods.aimv2.module import AIMv2
-from zoo.methods.aimv2.networks import Decoder, Trunk
 
 #: What the datamodules of the configs tell the model.
 FACTS: dict[str, dict[str, int]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,11 +17,13 @@ class ImageTextBatch(TypedDict):
     """`B` images and a caption of each."""
 
     image: Tensor
-    """Images `[B, c, H, W]`, float32, normalised."""
+    """Images `[B, c, H, W]`, float32, normalised; with `grid`, patches `[B, I, P]` in raster order, then zeros."""
     text: Tensor
     """Tokens, int64 `[B, T]`, padded on the right; the last one of a caption is the end of text."""
     target: Tensor
     """Classes, int64 `[B]`, for evaluation alone; -1 where there is none."""
+    grid: NotRequired[Tensor]
+    """Rows and columns of patches of each image, int64 `[B, 2]`, where images have different ones."""
 
 
 def trim(text: Tensor, pad_id: int) -> Tensor:

@@ -5,20 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from zoo.methods.aimv2.decoder import Decoder
+from zoo.methods.aimv2.encoder import SIZES, build_trunk
+from zoo.methods.aimv2.layers import RMSNorm, swiglu_hidden
 from zoo.methods.aimv2.losses import prefix_mask
-from zoo.methods.aimv2.networks import (
-    SIZES,
-    AttentionPool,
-    AttentiveClassifier,
-    Decoder,
-    RMSNorm,
-    TextTower,
-    Towers,
-    build_trunk,
-    resize_positions,
-    sincos_positions,
-    swiglu_hidden,
-)
+from zoo.methods.aimv2.pooling import AttentionPool, AttentiveClassifier
+from zoo.methods.aimv2.positions import resize_positions, sincos_positions
+from zoo.methods.aimv2.towers import TextTower, Towers
 from zoo.methods.aimv2.weights import (
     export_trunk,
     lit_to_transformers,

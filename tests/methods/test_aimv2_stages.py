@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerFast
 import zoo
 import zoo.main
 from zoo.config import load_layers
+from zoo.methods.aimv2.encoder import SIZES, build_trunk
 from zoo.methods.aimv2.export import export
 from zoo.methods.aimv2.module import AIMv2
-from zoo.methods.aimv2.networks import SIZES, TextTower, Towers, build_trunk
+from zoo.methods.aimv2.towers import TextTower, Towers
 
 COLOURS = {"red": (230, 30, 30), "blue": (20, 40, 220)}
 TRUNK = {"patch_size": 4, "width": 16, "depth": 2, "heads": 2, "multiple_of": 16}

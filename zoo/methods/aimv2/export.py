@@ -9,8 +9,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from zoo.methods.aimv2.encoder import Trunk
 from zoo.methods.aimv2.module import AIMv2
-from zoo.methods.aimv2.networks import Towers, Trunk
+from zoo.methods.aimv2.towers import Towers
 from zoo.methods.aimv2.weights import export_trunk, lit_to_transformers, vision_config
 
 

@@ -27,30 +27,30 @@ def _show(axes: Any, image: Tensor, title: str = "", size: int = 8) -> None:
     axes.set_title(title, fontsize=size)
 
 
-def patch_figure(target: Tensor, predicted: Tensor, prefix: int, patch_size: int) -> Figure:
+def patch_figure(shown: Sequence[tuple[Tensor, Tensor, int]], images: Sequence[Tensor], patch_size: int) -> Figure:
     """Draw normalised patches above the predictions of the next ones.
 
     Args:
-        target: `[n, I, P]`.
-        predicted: `[n, I, P]`; the first `prefix` patches are given.
-        prefix: Number of patches that are given.
+        shown: For each image its patches `[I, P]`, the predicted ones, and the number of those that are given.
+        images: The images `[c, H, W]`, above the patches.
         patch_size: Side of a patch.
     """
     from matplotlib.figure import Figure
 
-    side = round(target.shape[1] ** 0.5) * patch_size
-    shown = [unpatchify(x.clamp(-2.5, 2.5), patch_size, side, side) for x in (target, predicted)]
-    figure = Figure(figsize=(1.3 * len(target), 3.2), layout="constrained")
-    axes = figure.subplots(2, len(target), squeeze=False)
-    for row, (images, name) in enumerate(zip(shown, ("true patches", "predicted"), strict=True)):
-        for column, image in enumerate(images):
-            _show(axes[row][column], image, name if column == 0 else "")
-    figure.suptitle(f"Each patch from the true ones before it, normalised; the first {prefix} are given", fontsize=9)
+    names = ("image", "true patches", "predicted")
+    figure = Figure(figsize=(1.3 * len(shown), 4.6), layout="constrained")
+    axes = figure.subplots(len(names), len(shown), squeeze=False)
+    for column, ((target, predicted, _), image) in enumerate(zip(shown, images, strict=True)):
+        patches = [unpatchify(x[None].clamp(-2.5, 2.5), patch_size, *image.shape[1:])[0] for x in (target, predicted)]
+        for row, (picture, name) in enumerate(zip([image, *patches], names, strict=True)):
+            _show(axes[row][column], picture, name if column == 0 else "")
+    given = ", ".join(str(prefix) for prefix in sorted({prefix for _, _, prefix in shown}))
+    figure.suptitle(f"Each patch from the true ones before it, normalised; the first {given} are given", fontsize=9)
     return figure
 
 
-def caption_figure(images: Tensor, true: Sequence[str], said: Sequence[str]) -> Figure:
-    """Draw images `[n, c, H, W]` with their captions and the most likely ones."""
+def caption_figure(images: Sequence[Tensor], true: Sequence[str], said: Sequence[str]) -> Figure:
+    """Draw images `[c, H, W]` with their captions and the most likely ones."""
     from textwrap import fill
 
     from matplotlib.figure import Figure

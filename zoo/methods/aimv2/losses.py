@@ -59,7 +59,14 @@ def normalise_patches(patches: Tensor, eps: float = 1e-6) -> Tensor:
     return (patches - mean) * torch.rsqrt(variance + eps)
 
 
-def pixel_errors(predicted: Tensor, target: Tensor, prefix_len: Tensor) -> tuple[Tensor, Tensor]:
+def real_patches(grid: Tensor, count: int) -> Tensor:
+    """Which of `count` places of a sequence hold a patch, for grids `[B, 2]` of rows and columns; bool `[B, count]`."""
+    return torch.arange(count, device=grid.device) < grid.prod(dim=1, keepdim=True)
+
+
+def pixel_errors(
+    predicted: Tensor, target: Tensor, prefix_len: Tensor, real: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Squared error of each predicted patch, the mean over its values (Section 3.1).
 
     The output at patch `j` predicts patch `j + 1`; that of the last patch predicts nothing.
@@ -68,6 +75,7 @@ def pixel_errors(predicted: Tensor, target: Tensor, prefix_len: Tensor) -> tuple
         predicted: Outputs at all patches `[B, I, P]`.
         target: Normalised patches `[B, I, P]`.
         prefix_len: `M` of each image `[B]`.
+        real: Which patches are of the image and no padding, bool `[B, I]`; None for all.
 
     Returns:
         Errors of patches `1 .. I - 1`, float32 `[B, I - 1]`, and which of them count: bool `[B, I - 1]`, those that are
@@ -75,7 +83,8 @@ def pixel_errors(predicted: Tensor, target: Tensor, prefix_len: Tensor) -> tuple
     """
     errors = (predicted[:, :-1].float() - target[:, 1:].float()).square().mean(dim=-1)
     place = torch.arange(1, target.shape[1], device=target.device)
-    return errors, place >= prefix_len[:, None]
+    counted = place >= prefix_len[:, None]
+    return errors, counted if real is None else counted & real[:, 1:]
 
 
 def token_errors(logits: Tensor, text: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from zoo.card import Card
-from zoo.errors import did_you_mean
+from zoo.methods.aimv2.decoder import build_decoder
+from zoo.methods.aimv2.encoder import build_trunk
 from zoo.methods.aimv2.losses import (
     PixelNorm,
     contrastive_loss,
@@ -21,10 +21,12 @@ from zoo.methods.aimv2.losses import (
     pixel_errors,
     pooled_mean,
     prefix_mask,
+    real_patches,
     token_errors,
+    unpatchify,
 )
-from zoo.methods.aimv2.networks import Decoder, ResidualMLP, TextTower, Towers, build_trunk
 from zoo.methods.aimv2.optimiser import adam_lh
+from zoo.methods.aimv2.towers import Towers, build_towers
 from zoo.methods.aimv2.weights import export_trunk, load_network, load_trunk
 from zoo.nn.distributed import all_gather_rows, rank, world_size
 from zoo.nn.schedules import total_steps, warmup_cosine_lr
@@ -142,65 +144,40 @@ class AIMv2(LightningModule):
             raise ValueError(f"alpha: {alpha} is not accepted; accepted: 0 or more")
         self.trunk = build_trunk(trunk or {"size": "large"}, image_size, in_channels)
         self.pixels, self.texts = objective in ("aimv2", "image_only"), objective in ("aimv2", "captioner")
-        self.decoder: Decoder | None = None
-        self.pixel_mlp: ResidualMLP | None = None
+        self.decoder, self.pixel_mlp = build_decoder(
+            decoder or {},
+            self.trunk.width,
+            self.trunk.patch_size**2 * in_channels if self.pixels else 0,
+            vocab_size if self.texts else 0,
+            image_head,
+            context_length=context_length,
+            order=order,
+            pad_id=pad_id,
+        )
         self.towers: Towers | None = None
-        if objective in GENERATIVE:
-            self._build_decoder({"width": 1024, "depth": 12, "heads": 8, **(decoder or {})})
-        else:
-            self._build_towers({"width": 768, "depth": 12, "heads": 6, "embed_dim": 768, **(text_tower or {})})
+        if objective in CONTRASTIVE:
+            pool, size = "attention" if objective == "lit" else "mean", (self.trunk.width, self.trunk.heads)
+            self.towers = build_towers(text_tower or {}, *size, vocab_size, context_length, eos_id, pool)
         if objective == "lit":
             self.trunk.requires_grad_(False)
         self.means: Any = nn.ModuleDict({name: MeanMetric() for name in self.measured()})
-        self.accuracy = MulticlassAccuracy(len(class_prompts), average="micro") if class_prompts else None
+        classes = len(class_prompts or [])
+        self.accuracy = MulticlassAccuracy(classes, average="micro", ignore_index=-1) if classes else None
         prompts = [torch.tensor(prompt) for prompt in class_prompts or []]
         padded = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=pad_id) if prompts else None
         self.register_buffer("prompts", padded, persistent=False)
         self.prompts: Tensor | None
         self.shown: dict[str, Tensor] = {}
 
-    def _build_decoder(self, spec: dict[str, Any]) -> None:
-        hp = self.hparams
-        known = ("width", "depth", "heads", "multiple_of", "mlp_width", "mlp_depth")
-        for key in spec:
-            if key not in known:
-                raise ValueError(f"decoder.{key} is not accepted; {did_you_mean(key, known)}")
-        mlp = {"width": spec.pop("mlp_width", 2048), "depth": spec.pop("mlp_depth", 12)}
-        values = self.trunk.patch_size**2 * hp["in_channels"] if self.pixels else 0
-        if values and hp["image_head"] == "aimv1_mlp":
-            self.pixel_mlp, values = ResidualMLP(self.trunk.width, values, **mlp), 0
-        if values or self.texts:
-            self.decoder = Decoder(
-                self.trunk.width,
-                patch_values=values,
-                vocab_size=hp["vocab_size"] if self.texts else 0,
-                context_length=hp["context_length"],
-                order=hp["order"],
-                pad_id=hp["pad_id"],
-                **spec,
-            )
-
-    def _build_towers(self, spec: dict[str, Any]) -> None:
-        hp = self.hparams
-        known = ("width", "depth", "heads", "multiple_of", "embed_dim")
-        for key in spec:
-            if key not in known:
-                raise ValueError(f"text_tower.{key} is not accepted; {did_you_mean(key, known)}")
-        embed_dim, spec = spec["embed_dim"], {k: v for k, v in spec.items() if k != "embed_dim"}
-        spec.setdefault("multiple_of", 256)
-        text = TextTower(hp["vocab_size"], hp["context_length"], eos_id=hp["eos_id"], **spec)
-        pool = "attention" if hp["objective"] == "lit" else "mean"
-        self.towers = Towers(self.trunk.width, self.trunk.heads, text, spec["width"], embed_dim, pool)
-
     # -- training ---------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Encode under the mask, decode patches and caption, and add their losses: `L_text + alpha L_pixel`."""
         if self.towers is not None:
-            parts = {"contrastive": self.contrastive(batch["image"], batch["text"])}
+            parts = {"contrastive": self.contrastive(batch)}
         else:
             count = len(batch["image"])
-            errors = self.errors(batch, self.draw_prefix(batch["image"], count * world_size(), count * rank()))
+            errors = self.errors(batch, self.draw_prefix(batch, count * world_size(), count * rank()))
             norms = {"pixel": self.hparams["pixel_norm"], "text": "official"}
             parts = {name: pooled_mean(*found, norms[name]) for name, found in errors.items() if name in norms}
         loss = torch.stack([self.weight(name) * value for name, value in parts.items()]).sum()
@@ -212,39 +189,56 @@ class AIMv2(LightningModule):
         """Weight of a part of the loss."""
         return self.hparams["alpha"] if part == "pixel" and self.texts else 1.0
 
-    def draw_prefix(self, images: Tensor, total: int, start: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw `M` for images `[B, c, H, W]` that stand at `start` in a global batch of `total` ones; int64 `[B]`.
+    def draw_prefix(
+        self, batch: dict[str, Tensor], total: int, start: int, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw `M` for the images of a batch that stand at `start` in a global batch of `total` ones; int64 `[B]`.
 
-        `prefix`: uniform over 1 .. I - 1. `causal` is a prefix of one patch, `full` one of all.
+        `prefix`: uniform over 1 .. I - 1 of the `I` patches of an image. `causal` is a prefix of one patch, `full` one
+        of all.
         """
-        patches, mask = self.count_patches(images), self.hparams["mask"]
+        images, mask = batch["image"], self.hparams["mask"]
+        patches = self.count_patches(images)
         if mask != "prefix":
             return torch.full((len(images),), 1 if mask == "causal" else patches, device=images.device)
-        drawn = torch.randint(1, patches, (total,), generator=generator)[start : start + len(images)]
-        return drawn.to(images.device)
+        rows = slice(start, start + len(images))
+        if "grid" in batch:
+            share = torch.rand(total, generator=generator)[rows].to(images.device)
+            return 1 + (share * (batch["grid"].prod(dim=1) - 1)).long()
+        return torch.randint(1, patches, (total,), generator=generator)[rows].to(images.device)
 
     def count_patches(self, images: Tensor) -> int:
-        """Number of patches of each of the images `[B, c, H, W]`."""
+        """Length of the sequences of images `[B, c, H, W]` or of patches `[B, I, P]`."""
+        if images.ndim == 3:
+            return images.shape[1]
         return (images.shape[2] // self.trunk.patch_size) * (images.shape[3] // self.trunk.patch_size)
 
-    def encode(self, images: Tensor, prefix_len: Tensor) -> Tensor:
-        """Features `[B, I, D]` under the mask of training."""
+    def encode(self, images: Tensor, prefix_len: Tensor, grid: Tensor | None = None) -> Tensor:
+        """Features `[B, I, D]` under the mask of training; no patch sees the zeros after the last one."""
         full = self.hparams["mask"] == "full"
-        return self.trunk(images, None if full else prefix_mask(prefix_len, self.count_patches(images)))
+        return self.trunk(images, None if full else prefix_mask(prefix_len, self.count_patches(images)), grid)
 
     def errors(self, batch: dict[str, Tensor], prefix_len: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Errors of patches and tokens and which of them count, and of a prediction of zeros beside them."""
-        features = self.encode(batch["image"], prefix_len)
+        """Errors of patches and tokens and which of them count, and of a prediction of zeros beside them.
+
+        Raises:
+            ValueError: If images are sequences of patches and `pixel_norm` counts all of them.
+        """
+        images, grid = batch["image"], batch.get("grid")
+        real = None if grid is None else real_patches(grid, images.shape[1])
+        if real is not None and self.hparams["pixel_norm"] == "paper":
+            raise ValueError("pixel_norm: 'paper' is made for images of one size; accepted: official")
+        features = self.encode(images, prefix_len, grid)
         text = self.checked(batch["text"]) if self.texts else None
-        pixels, logits = (None, None) if self.decoder is None else self.decoder(features, text)
+        pixels, logits = (None, None) if self.decoder is None else self.decoder(features, text, real)
         if self.pixel_mlp is not None:
             pixels = self.pixel_mlp(features)
         found = {}
         if pixels is not None:
-            target = normalise_patches(patchify(batch["image"], self.trunk.patch_size))
-            found["pixel"] = pixel_errors(pixels, target, prefix_len)
+            target = normalise_patches(images if images.ndim == 3 else patchify(images, self.trunk.patch_size))
+            found["pixel"] = pixel_errors(pixels, target, prefix_len, real)
             if not self.training:
-                found["predict_zero"] = pixel_errors(torch.zeros_like(target), target, prefix_len)
+                found["predict_zero"] = pixel_errors(torch.zeros_like(target), target, prefix_len, real)
         if logits is not None:
             found["text"] = token_errors(logits, batch["text"], self.hparams["pad_id"])
         return found
@@ -261,10 +255,16 @@ class AIMv2(LightningModule):
             )
         return text
 
-    def contrastive(self, images: Tensor, text: Tensor) -> Tensor:
-        """Contrastive loss over the images and captions of all ranks."""
+    def contrastive(self, batch: dict[str, Tensor]) -> Tensor:
+        """Contrastive loss over the images and captions of all ranks.
+
+        Raises:
+            ValueError: If the images are sequences of patches.
+        """
         assert self.towers is not None
-        image, caption = self.embed_images(images), self.towers.embed_text(self.checked(text))
+        if "grid" in batch:
+            raise ValueError(f"objective: {self.hparams['objective']!r} is made for images of one size")
+        image, caption = self.embed_images(batch["image"]), self.towers.embed_text(self.checked(batch["text"]))
         return contrastive_loss(all_gather_rows(image), all_gather_rows(caption), self.towers.scale)
 
     def embed_images(self, images: Tensor) -> Tensor:
@@ -285,17 +285,16 @@ class AIMv2(LightningModule):
     def _evaluate(self, batch: dict[str, Tensor], stage: str, batch_idx: int) -> None:
         images, count = batch["image"], len(batch["image"])
         if batch_idx == 0:  # for the figures
-            self.shown = {"image": images[:6], "text": batch["text"][:6]}
+            self.shown = {key: batch[key][:6] for key in ("image", "text", "grid") if key in batch}
         if self.towers is not None:
-            self.means["contrastive"].update(self.contrastive(images, batch["text"]), count)
+            self.means["contrastive"].update(self.contrastive(batch), count)
             if self.accuracy is not None:
-                known = batch["target"] >= 0
-                self.accuracy.update(self.classify(images)[known], batch["target"][known])
+                self.accuracy.update(self.classify(images), batch["target"])
                 self.log(f"{stage}/acc_zero_shot", self.accuracy, on_epoch=True, batch_size=count)
         else:
             sizes = all_gather_rows(torch.tensor([count], device=self.device)).tolist()
             generator = torch.Generator().manual_seed(batch_idx)
-            prefix_len = self.draw_prefix(images, sum(sizes), sum(sizes[: rank()]), generator)
+            prefix_len = self.draw_prefix(batch, sum(sizes), sum(sizes[: rank()]), generator)
             for name, (errors, counted) in self.errors(batch, prefix_len).items():
                 self.means[name].update(errors, counted.to(errors.dtype))
         self.log_dict({f"{stage}/loss_{k}": m for k, m in self.means.items()}, on_epoch=True, batch_size=count)
@@ -324,25 +323,17 @@ class AIMv2(LightningModule):
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Features `[B, I, D]`, and a caption `[B, N]` if captions are learned."""
-        out = {"features": self.trunk(batch["image"])}
-        return {**out, "caption": self.caption(batch["image"])} if self.texts else out
+        images, grid = batch["image"], batch.get("grid")
+        out = {"features": self.trunk(images, grid=grid)}
+        return {**out, "caption": self.caption(images, grid)} if self.texts else out
 
     @torch.no_grad()
-    def caption(self, images: Tensor) -> Tensor:
+    def caption(self, images: Tensor, grid: Tensor | None = None) -> Tensor:
         """Most likely captions, token by token, int64 `[B, N]`; padding after the end."""
         assert self.decoder is not None
-        hp, features = self.hparams, self.trunk(images)
-        text = torch.full((len(images), 0), hp["pad_id"], device=images.device)
-        done = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        for _ in range(hp["context_length"]):
-            # a last token of any kind: its logits are those of what follows the tokens before it
-            _, logits = self.decoder(features, F.pad(text, (0, 1), value=hp["eos_id"]))
-            token = logits[:, -1].argmax(dim=1).masked_fill(done, hp["pad_id"])
-            text = torch.cat([text, token[:, None]], dim=1)
-            done |= token == hp["eos_id"]
-            if bool(done.all()):
-                break
-        return text
+        features = self.trunk(images, grid=grid)
+        real = None if grid is None else real_patches(grid, images.shape[1])
+        return self.decoder.caption(features, self.hparams["eos_id"], self.hparams["context_length"], real)
 
     def export(self, folder: str) -> None:
         """Write the encoder as a folder that `Aimv2VisionModel.from_pretrained` reads, for `zoo export`."""
@@ -355,33 +346,41 @@ class AIMv2(LightningModule):
         if not self.shown:
             return {}
         drawn = {}
-        images = self.shown["image"]
+        images, grid, text = self.shown["image"], self.shown.get("grid"), self.shown["text"]
+        pictures = list(images) if grid is None else self.pictures(images, grid)
         if self.pixels:
-            drawn["next_patches"] = patch_figure(*self.predicted_images(images), self.trunk.patch_size)
+            shown = [self.predicted_patches(*pair) for pair in zip(pictures, text, strict=True)]
+            drawn["next_patches"] = patch_figure(shown, pictures, self.trunk.patch_size)
         if self.texts:
             decode = getattr(getattr(self.trainer, "datamodule", None), "decode", str)
-            words = [[decode(row) for row in rows.tolist()] for rows in (self.shown["text"], self.caption(images))]
-            drawn["captions"] = caption_figure(images, *words)
+            words = [[decode(row) for row in rows.tolist()] for rows in (text, self.caption(images, grid))]
+            drawn["captions"] = caption_figure(pictures, *words)
         return drawn
 
-    @torch.no_grad()
-    def predicted_images(self, images: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Normalised patches and their predictions `[B, I, P]`, from a prefix of a third of the image, and its length.
+    def pictures(self, patches: Tensor, grid: Tensor) -> list[Tensor]:
+        """Images `[c, H, W]` of sequences of patches."""
+        p = self.trunk.patch_size
+        sizes = [(rows, columns) for rows, columns in grid.tolist()]
+        rows = zip(patches, sizes, strict=True)
+        return [unpatchify(x[None, : h * w], p, h * p, w * p)[0] for x, (h, w) in rows]
 
-        A prediction of the prefix is not made: its patches are the true ones.
+    @torch.no_grad()
+    def predicted_patches(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Normalised patches of an image `[c, H, W]` and their predictions `[I, P]`, and the length of the prefix.
+
+        The prefix is a third of the image. A prediction of it is not made: its patches are the true ones.
         """
+        images = image[None]
         prefix = max(1, self.count_patches(images) // 3)
-        prefix_len = torch.full((len(images),), prefix, device=images.device)
         target = normalise_patches(patchify(images, self.trunk.patch_size))
-        features = self.encode(images, prefix_len)
+        features = self.encode(images, torch.tensor([prefix], device=image.device))
         if self.pixel_mlp is not None:
             pixels = self.pixel_mlp(features)
         else:
             assert self.decoder is not None
-            pixels, _ = self.decoder(features, self.shown["text"] if self.hparams["order"] == "text_image" else None)
+            pixels, _ = self.decoder(features, text[None] if self.hparams["order"] == "text_image" else None)
         assert pixels is not None
-        shifted = torch.cat([target[:, :prefix], pixels[:, prefix - 1 : -1].float()], dim=1)
-        return target, shifted, prefix
+        return target[0], torch.cat([target[0, :prefix], pixels[0, prefix - 1 : -1].float()]), prefix
 
     # -- first weights and optimiser --------------------------------------------------------------------------------
 

@@ -12,8 +12,9 @@ from torchmetrics import Metric
 from torchmetrics.classification import BinaryJaccardIndex, MulticlassAccuracy
 
 from zoo.card import Card
+from zoo.methods.aimv2.encoder import build_trunk
 from zoo.methods.aimv2.losses import patchify
-from zoo.methods.aimv2.networks import AttentiveClassifier, build_trunk
+from zoo.methods.aimv2.pooling import AttentiveClassifier
 from zoo.methods.aimv2.ridge import RidgeProbe
 from zoo.methods.aimv2.weights import load_trunk
 from zoo.nn.optim import decay_groups

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.methods.aimv2.networks import Towers, Trunk, resize_positions
+from zoo.methods.aimv2.encoder import Trunk
+from zoo.methods.aimv2.positions import resize_positions
+from zoo.methods.aimv2.towers import Towers
 from zoo.nn.pretrained import load_part, read_weights
 
 #: Names in transformers and ours, of everything but queries, keys and values, which are one matrix here.
