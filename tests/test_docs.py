@@ -183,6 +183,12 @@ def test_parts_of_a_page(tmp_path: Path) -> None:
     assert page.index("# NNCSL") < page.index('!!! abstract "`nncsl`"') < page.index("By hand.") < page.index("## Opt")
     assert assemble("nncsl", "", tmp_path).startswith("# nncsl\n")
     assert "not measured" in overview(tmp_path)
+    assert "With [`salsa`](salsa.md)." in generated("sft", tmp_path)
+    stages = [line for line in overview(tmp_path).splitlines() if "| with [`" in line]
+    assert [line.split("`")[1] for line in stages if line.endswith("with [`salsa`](methods/salsa.md) |")] == [
+        "reward_model",
+        "sft",
+    ]
 
 
 def test_overview_counts_judged_claims(tmp_path: Path) -> None:
@@ -210,9 +216,10 @@ def test_links_that_leave_the_docs() -> None:
 
     from zoo.pages.hook import log, mend_links
 
-    known = ("measured/x.cpu.md", "contract.md", "methods/m.md", "measured/README.md")
+    known = ("measured/x.cpu.md", "measured/p.png", "contract.md", "methods/m.md", "measured/README.md")
     files = Files([File(name, "docs", "site", True) for name in known])
     assert mend_links("[a](../../results/x.cpu.md)", "methods/m.md", files) == "[a](../measured/x.cpu.md)"
+    assert mend_links("![a](../../results/p.png)", "methods/m.md", files) == "![a](../measured/p.png)"
     assert mend_links("[a](../contract.md#ranks)", "methods/m.md", files) == "[a](../contract.md#ranks)"
     assert mend_links("[a](../examples/zoo-simsiam)", "contract.md", files) == "`a`"
     assert mend_links("[all](results)", "contract.md", files) == "[all](results)"  # mkdocs will complain

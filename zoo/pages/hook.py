@@ -16,7 +16,7 @@ from zoo.pages.method import assemble, method_names, overview
 log = logging.getLogger("mkdocs.hooks.zoo")
 #: Place of a generated text in a hand-written page.
 METHODS_MARK = "<!-- methods -->"
-LINK = re.compile(r"(?<!!)\[([^\]\n]+)\]\((?!https?:|#|mailto:)([^)\s]+)\)")
+LINK = re.compile(r"\[([^\]\n]+)\]\((?!https?:|#|mailto:)([^)\s]+)\)")
 #: Pages in the navigation, those that are not there yet left out.
 PAGES = {
     "Start": "index.md",
@@ -73,7 +73,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def mend_links(markdown: str, source: str, files: Files) -> str:
-    """Point links to `results/` at the site's copies; links to other files of the repository become their names."""
+    """Point links and pictures at the copies of `results/`; links to other files become their names."""
 
     def mend(match: re.Match[str]) -> str:
         text, target = match[1], match[2]
