@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo import registry
+from zoo.claims.reader import claims_files, load_plan, scales
 from zoo.claims.results import read_all, table
 from zoo.config import shipped_configs
 from zoo.explain import Option, options_of
@@ -92,11 +93,25 @@ def measured_parts(name: str, results: Path) -> list[str]:
     return parts
 
 
+def measured_with(name: str) -> list[str]:
+    """Methods whose claims also run configs of the method `name`, as those of alignment run its earlier stages."""
+    found = []
+    for method, files in claims_files().items():
+        plans = [load_plan(files[0], scale) for scale in scales(files[0])["scales"]] if method != name else []
+        configs = {config for plan in plans for run in plan.runs.values() for config in run.configs}
+        if any(config.startswith(f"{name}/") for config in configs):
+            found.append(method)
+    return found
+
+
 def generated(name: str, results: Path) -> str:
     """Everything below the hand-written part of a page."""
     entry = registry.find("methods", name)
     doc, options = options_of(entry)
-    measured = measured_parts(name, results) or ["Nothing yet. `zoo reproduce " + name + "` measures it."]
+    measured = measured_parts(name, results)
+    if not measured:
+        links = [f"[{code(method)}]({method}.md)" for method in measured_with(name)]
+        measured = [f"With {' and '.join(links)}." if links else f"Nothing yet. `zoo reproduce {name}` measures it."]
     parts = {
         "Measured": "\n\n".join(measured),
         "Options": f"{doc}\n\n`--model.NAME VALUE` on the command line.\n\n{option_rows(options)}",
@@ -132,7 +147,9 @@ def overview(results: Path) -> str:
         card = registry.read_card(registry.find("methods", name))
         claims = [c for r in measured if r.get("method") == name for c in r.get("claims", [])]
         judged = [c for c in claims if c["holds"] is not None]
-        holds = f"{sum(c['holds'] for c in judged)} of {len(judged)}" if judged else "not measured"
+        others = [f"[{code(method)}](methods/{method}.md)" for method in ([] if claims else measured_with(name))]
+        holds = f"with {' and '.join(others)}" if others else "not measured"
+        holds = f"{sum(c['holds'] for c in judged)} of {len(judged)}" if judged else holds
         holds += f", {len(claims) - len(judged)} open" if judged and len(judged) < len(claims) else ""
         arxiv = f"[{card['arxiv']}](https://arxiv.org/abs/{card['arxiv']})" if card.get("arxiv") else ""
         link = f"[{code(name)}](methods/{name}.md)"
