@@ -96,6 +96,16 @@ def test_a_cache_from_entries_is_that_of_the_model_itself(shape: Shape) -> None:
             assert close(a, b)
 
 
+def test_for_a_first_token_the_last_layer_finishes_one_row_and_keeps_all_entries(shape: Shape) -> None:
+    model, ids, rows = make(shape), tokens(), []
+    for block in model.blocks():
+        block.mlp.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
+    start = prefill.full(model, ids, 0)
+    assert rows == [9, 9, 1]
+    assert start.cache.lengths == [9, 9, 9]
+    assert close(start.logits, model.logits(model(ids)[0])[:, -1])
+
+
 def test_a_full_cache_says_so(shape: Shape) -> None:
     model, ids = make(shape), tokens()
     cache = model.cache_of(model.entries(ids), 9)

@@ -79,6 +79,10 @@ class Rotation(NamedTuple):
     cos: Tensor
     sin: Tensor
 
+    def last(self) -> Rotation:
+        """That of the last position alone."""
+        return Rotation(self.cos[..., -1:, :], self.sin[..., -1:, :])
+
 
 class Attention(nn.Module):
     """Causal attention with grouped heads; keys come from outside, so that they may be predicted.
@@ -311,7 +315,8 @@ class CausalLM(nn.Module):
             ids: int64 `[B, T]`.
             cache: Filled by `cache_of` or by earlier calls, or empty.
             positions: `[T]` or `[B, T]`; None to go on where the cache ends.
-            last_only: Whether to compute the logits of the last token alone.
+            last_only: Whether to compute the logits of the last token alone; then only its row goes through what comes
+                after the last layer's entries, as no other row of it is read. `flops` counts them all the same.
 
         Returns:
             Logits `[B, T, V]`, or `[B, 1, V]`.
@@ -327,13 +332,15 @@ class CausalLM(nn.Module):
             keys, values = attention.entries(hidden)
             held = cache.lengths[i]
             keys, values = cache.extend(i, attention.ready(keys, rotation), values)
+            if last_only and i + 1 == self.shape.depth:
+                x, hidden, rotation, count = x[:, -1:], hidden[:, -1:], rotation.last(), 1
             mask = None
             if count > 1 and held:
                 mask = torch.ones(count, held + count, dtype=torch.bool, device=ids.device).tril(held)
             # Not `is_causal` for a single query: torch would let it see the first key alone.
             attended = attention(attention.queries(hidden, rotation), keys, values, mask, count > 1 and not held)
             x = block.finish(x, attended)
-        return self.logits(x[:, -1:] if last_only else x)
+        return self.logits(x)
 
 
 def _others_and_self(ids: Tensor) -> Tensor:

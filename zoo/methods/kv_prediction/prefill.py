@@ -142,8 +142,10 @@ def lazy(model: CausalLM, prompt: Tensor, counts: Sequence[int], more: int) -> P
         rotation = model.rotation(positions)
         attention, hidden = block.self_attn, block.input_layernorm(x)
         keys, values = attention.entries(hidden)
-        queries = attention.queries(hidden, rotation)
         keys, values = cache.extend(i, attention.ready(keys, rotation), values)
+        if i + 1 == model.shape.depth:
+            x, hidden, rotation = x[:, -1:], hidden[:, -1:], rotation.last()
+        queries = attention.queries(hidden, rotation)
         scores = last_attention(queries, keys)
         x = block.finish(x, attention(queries, keys, values, None, x.shape[1] > 1))
     return Prefill(model.logits(x[:, -1]), cache)
