@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from datamodules.perplexity_sets.records import (
     write_records,
 )
 from datamodules.perplexity_sets.writers import EndpointWriter
+from tests.endpoint import Endpoint, chat, serving
 
 RECORD: dict[str, Any] = {"input": "the soup is calm", "id": "food-1", "group": "food"}
 RECORD |= {"paraphrases": ["the soup is kind"], "paraphrases_toxic": ["the soup is tox01"]}
@@ -247,48 +246,32 @@ def test_a_scorer_marks_what_contradicts_its_list() -> None:
     assert making.scored(SetRecord("a-1", "a", "x", (), ()), Share()).scores == ((), ())
 
 
-class Stub(BaseHTTPRequestHandler):
-    """An endpoint that answers by its script and remembers what it was asked."""
+class Script(Endpoint):
+    """Answers as many sentences as it is asked for, or what its script says next: that many, or this very reply."""
 
-    asked: list[tuple[str, dict[str, str], Any]] = []
-    script: list[Any] = []
+    def __init__(self) -> None:
+        super().__init__(self.next)
+        self.script: list[Any] = []
 
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        type(self).asked.append((self.path, dict(self.headers), body))
+    def next(self, body: dict[str, Any]) -> Any:
         step = self.script.pop(0) if self.script else body["n"]
-        code, content = (step, b"no") if isinstance(step, int) and step >= 400 else (200, self.answer(step, body))
-        self.send_response(code)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def answer(self, step: Any, body: Any) -> bytes:
-        if not isinstance(step, int):
-            return step if isinstance(step, bytes) else json.dumps(step).encode()
+        if not isinstance(step, int) or step >= 400:
+            return step
         kind = "tox01" if "toxic" in body["messages"][0]["content"] else "kind"
-        choices = [{"message": {"content": f"The soup number {i} is {kind}"}} for i in range(step)]
-        return json.dumps({"choices": choices}).encode()
-
-    def log_message(self, format: str, *args: Any) -> None: ...
+        return chat(*(f"The soup number {i} is {kind}" for i in range(step)))
 
 
 @pytest.fixture
-def endpoint() -> Iterator[str]:
-    Stub.asked, Stub.script = [], []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def endpoint() -> Iterator[Script]:
+    with serving(server := Script()):
+        yield server
 
 
-def test_an_endpoint_is_asked_with_the_settings_of_the_paper(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_is_asked_with_the_settings_of_the_paper(endpoint: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_KEY", "s3cret")
-    writer = EndpointWriter(endpoint, "vicuna", "SOME_KEY")
+    writer = EndpointWriter(endpoint.url, "vicuna", "SOME_KEY")
     assert writer("Paraphrase x", 3) == [f"The soup number {i} is kind" for i in range(3)]
-    path, headers, body = Stub.asked[0]
+    path, headers, body = endpoint.asked[0]
     assert path == "/v1/chat/completions"
     assert headers["Authorization"] == "Bearer s3cret"
     assert body == {
@@ -303,23 +286,23 @@ def test_an_endpoint_is_asked_with_the_settings_of_the_paper(endpoint: str, monk
     }
 
 
-def test_a_server_that_gives_one_answer_at_a_time_is_asked_again(endpoint: str) -> None:
-    Stub.script = [1, 1, 5]
-    writer = EndpointWriter(endpoint + "/", "m", top_k=0)
+def test_a_server_that_gives_one_answer_at_a_time_is_asked_again(endpoint: Script) -> None:
+    endpoint.script = [1, 1, 5]
+    writer = EndpointWriter(endpoint.url + "/", "m", top_k=0)
     assert len(writer("p", 3)) == 3
-    assert [body["n"] for _, _, body in Stub.asked] == [3, 2, 1]
-    assert len({body["seed"] for _, _, body in Stub.asked}) == 3, "the same seed would give the same answer"
-    assert all("top_k" not in body and "Authorization" not in headers for _, headers, body in Stub.asked)
+    assert [body["n"] for body in endpoint.bodies] == [3, 2, 1]
+    assert len({body["seed"] for body in endpoint.bodies}) == 3, "the same seed would give the same answer"
+    assert all("top_k" not in body and "Authorization" not in headers for _, headers, body in endpoint.asked)
 
 
-def test_passing_trouble_of_an_endpoint_is_waited_for(endpoint: str) -> None:
+def test_passing_trouble_of_an_endpoint_is_waited_for(endpoint: Script) -> None:
     waited: list[float] = []
-    Stub.script = [503, 429, b"half an ans", 1]
-    assert len(EndpointWriter(endpoint, "m", wait=waited.append)("p", 1)) == 1
+    endpoint.script = [503, 429, b"half an ans", 1]
+    assert len(EndpointWriter(endpoint.url, "m", wait=waited.append)("p", 1)) == 1
     assert waited == [1, 2, 4]
-    Stub.script = [500] * 2
+    endpoint.script = [500] * 2
     with pytest.raises(ValueError, match="gave no answer in 2 tries: status 500"):
-        EndpointWriter(endpoint, "m", tries=2, wait=waited.append)("p", 1)
+        EndpointWriter(endpoint.url, "m", tries=2, wait=waited.append)("p", 1)
 
 
 @pytest.mark.parametrize(
@@ -328,13 +311,13 @@ def test_passing_trouble_of_an_endpoint_is_waited_for(endpoint: str) -> None:
         (401, "answered with status 401"),
         ({"error": "x"}, "gave no chat completion"),
         ({"choices": []}, "gave no text"),
-        ({"choices": [{"message": {"content": None}}]}, "gave no text"),
+        (chat(None), "gave no text"),
     ],
 )
-def test_a_wrong_answer_of_an_endpoint_is_final(step: Any, message: str, endpoint: str) -> None:
-    Stub.script = [step]
+def test_a_wrong_answer_of_an_endpoint_is_final(step: Any, message: str, endpoint: Script) -> None:
+    endpoint.script = [step]
     with pytest.raises(ValueError, match=message):
-        EndpointWriter(endpoint, "m", wait=lambda _: pytest.fail("no second try"))("p", 1)
+        EndpointWriter(endpoint.url, "m", wait=lambda _: pytest.fail("no second try"))("p", 1)
 
 
 def test_addresses_and_keys_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,12 +351,12 @@ def test_sets_are_made_offline_by_the_command(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_sets_are_made_by_an_endpoint_and_go_on_after_a_stop(
-    endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    endpoint: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     anchors = write(tmp_path / "anchors.txt", "the soup is calm", "the song is old")
     out = str(tmp_path / "sets.jsonl")
-    command = ["sets", anchors, out, "--endpoint", endpoint, "--endpoint-model", "m", "--keep", "2"]
-    Stub.script = [20, 20, 401]
+    command = ["sets", anchors, out, "--endpoint", endpoint.url, "--endpoint-model", "m", "--keep", "2"]
+    endpoint.script = [20, 20, 401]
     assert zoo.main.main(command) == 2
     assert "answered with status 401" in capsys.readouterr().err
     assert len(read_records(out)) == 1
@@ -383,7 +366,7 @@ def test_sets_are_made_by_an_endpoint_and_go_on_after_a_stop(
     assert all(len(record.positives) == len(record.negatives) == 2 for record in records)
     assert records[0].negatives[0].startswith("the soup number")
     assert "tox01" in records[0].negatives[0]
-    assert [body["n"] for _, _, body in Stub.asked] == [20] * 5
+    assert [body["n"] for body in endpoint.bodies] == [20] * 5
 
 
 @pytest.mark.parametrize(
