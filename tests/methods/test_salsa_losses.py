@@ -180,16 +180,26 @@ def test_wins_count_ties_half_and_the_interval_covers() -> None:
 
 
 def test_parity_with_trl() -> None:
-    trl_core = pytest.importorskip("trl.trainer.utils", reason="trl is not installed: its functions cannot be compared")
-    x, _, mask = random_batch(7)
-    names = ("first_true_indices", "truncate_response")
-    if not all(hasattr(trl_core, name) for name in names):
-        pytest.skip("this release of trl has no PPO helpers any more")
+    """Functions of the PPO that trl had until 1.12."""
+    ppo = pytest.importorskip(
+        "trl.experimental.ppo.ppo_trainer", reason="a trl with PPO (before 1.13) is not installed"
+    )
+    from trl.experimental.utils import first_true_indices
+
+    x, values, mask = random_batch(7)
     tokens = torch.randint(0, 5, (6, 7), generator=torch.Generator().manual_seed(0))
     ours, ours_mask = losses.truncate(tokens, 2, 4)
-    torch.testing.assert_close(ours, trl_core.truncate_response(2, 4, tokens))
-    first = trl_core.first_true_indices(tokens == 2)
-    assert (ours_mask.sum(dim=1) == (first + 1).clamp(max=7)).all()
-    core = pytest.importorskip("trl.core", reason="this release of trl has no masked_whiten any more")
-    if hasattr(core, "masked_whiten"):
-        torch.testing.assert_close(losses.whiten(x, mask)[mask], core.masked_whiten(x, mask)[mask])
+    torch.testing.assert_close(ours, ppo.truncate_response(2, 4, tokens))
+    assert (ours_mask.sum(dim=1) == (first_true_indices(tokens == 2) + 1).clamp(max=7)).all()
+    torch.testing.assert_close(losses.masked_mean(x, mask), ppo.masked_mean(x, mask))
+    for shift_mean in (True, False):
+        theirs = ppo.masked_whiten(x, mask, shift_mean=shift_mean)
+        torch.testing.assert_close(losses.whiten(x, mask, shift_mean)[mask], theirs[mask])
+    # its loop over steps, which is no function there, on answers of full length
+    following, reversed_ = torch.zeros(6), []
+    for t in reversed(range(7)):
+        ahead = values[:, t + 1] if t < 6 else 0.0
+        following = x[:, t] + 0.97 * ahead - values[:, t] + 0.97 * 0.9 * following
+        reversed_.append(following)
+    theirs = torch.stack(reversed_[::-1], dim=1)
+    torch.testing.assert_close(losses.gae(x, values, torch.ones_like(mask), 0.97, 0.9)[0], theirs)

@@ -13,7 +13,7 @@ from torch import Tensor
 from datamodules.reviews import Reviews
 from zoo.errors import RunError, UsageError
 from zoo.methods.salsa import losses
-from zoo.methods.salsa.module import Rollout, Salsa
+from zoo.methods.salsa.module import Salsa
 from zoo.methods.salsa.networks import (
     add_adapters,
     answer_likelihood,
@@ -23,6 +23,7 @@ from zoo.methods.salsa.networks import (
     load_lm,
     no_dropout,
 )
+from zoo.methods.salsa.rollout import Rollout, minibatch_rows
 from zoo.methods.salsa.soup import soup
 from zoo.nn.lm import build_lm
 from zoo.nn.sampling import left_pad
@@ -205,16 +206,15 @@ def test_group_advantages_compare_answers_to_the_same_prompt() -> None:
 
 
 def test_minibatches_divide_the_global_batch() -> None:
-    module = make(minibatches=3)
     row = torch.arange(20)
-    parts = list(module.minibatch_rows(row, 20, 5))
+    parts = list(minibatch_rows(row, 20, 3, 5))
     assert sorted(torch.cat(parts).tolist()) == row.tolist()
     assert {len(p) for p in parts} == {6, 7}
-    again = [part for half in (row[:9], row[9:]) for part in module.minibatch_rows(half, 20, 5)]
+    again = [part for half in (row[:9], row[9:]) for part in minibatch_rows(half, 20, 3, 5)]
     for number, part in enumerate(parts):
         assert torch.cat([row[:9][again[number]], row[9:][again[3 + number]]]).tolist() == part.tolist()
     with pytest.raises(ValueError, match="more than the 2 answers"):
-        list(module.minibatch_rows(torch.arange(2), 2, 0))
+        list(minibatch_rows(torch.arange(2), 2, 3, 0))
 
 
 def test_a_reward_that_is_no_number_stops_the_run() -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,11 +14,13 @@ import torch
 from scipy.stats import chisquare, kstest
 
 import zoo
+from tests.support.endpoint import Endpoint, Reply, chat, serving
 from zoo.errors import RunError
-from zoo.methods.salsa.evaluation import in_order, plane_points, surface_metrics
+from zoo.methods.salsa.evaluation import in_order, keep_answers, plane_points, surface_metrics
 from zoo.methods.salsa.generation import VLLM, InProcess, Sampling, drawn_seed, merged_weights, uniforms
 from zoo.methods.salsa.judge import EndpointJudge, RewardJudge, pairwise
 from zoo.methods.salsa.networks import ScalarModel, add_adapters, lm_state, merge_adapters
+from zoo.nn.kv_cache import preallocated_cache
 from zoo.nn.lm import build_lm
 from zoo.nn.sampling import left_pad
 
@@ -113,6 +113,34 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fake_vllm")
+def test_training_with_vllm_syncs_each_batch_and_computes_its_own_likelihoods(tmp_path: Path) -> None:
+    options = {"model.init_args.engine": "vllm", "model.init_args.engine_options": {"model": "folder"}}
+    short = {"trainer.max_steps": 4, "trainer.limit_val_batches": 0, "checkpoint.every_n_steps": 0}
+    short |= {"model.init_args.best_of": 0}
+    result = zoo.run("fit", config="salsa/smoke", overrides={**short, **options}, run_dir=tmp_path, wandb="disabled")
+    engine = result.model._engine
+    assert engine.llm.options["model"] == "folder"
+    assert engine.llm.resets == 2, "two batches of two minibatches each: the weights are copied before each batch"
+    assert result.metrics["train/length"] == 2
+    assert result.metrics["train/ratio_mean"] == pytest.approx(1, abs=0.2)
+    assert result.metrics["train/kl"] != 0
+
+
+def test_the_cache_that_is_allocated_once_is_the_models_own() -> None:
+    model, ids = model_of(), torch.tensor([[1, 5, 7, 3], [2, 2, 6, 4]])
+    ours = preallocated_cache(model.config, 4)
+    with torch.no_grad():
+        parts = [model(ids[:, a:b], past_key_values=ours).logits for a, b in ((0, 2), (2, 3), (3, 4))]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits)
+        buffers = [layer.key_buffer for layer in ours.layers]
+        assert all(
+            layer.keys.data_ptr() == buffer.data_ptr() for layer, buffer in zip(ours.layers, buffers, strict=True)
+        )
+        with pytest.raises(ValueError, match="made for 4 tokens, not 5"):
+            model(ids[:, :1], past_key_values=ours)
+
+
+@pytest.mark.usefixtures("fake_vllm")
 def test_the_vllm_engine_gets_prompts_without_padding_and_the_present_weights() -> None:
     engine: Any = VLLM("folder", HOW, {"gpu_memory_utilization": 0.3})
     assert engine.llm.options["gpu_memory_utilization"] == 0.3
@@ -169,52 +197,39 @@ def test_the_reward_judge_counts_ties_half_and_gives_an_interval() -> None:
         pairwise(judge, [], [], [])
 
 
-class _Handler(BaseHTTPRequestHandler):
-    asked: list[dict[str, Any]] = []
-    reply: str = ""
+class Judge(Endpoint):
+    """Prefers the text that comes later in the alphabet, or says what it is told to."""
 
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        type(self).asked.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
-        text = body["messages"][0]["content"]
-        first, second = text.split("[Answer A]\n")[1].split("\n\n[Answer B]\n")
+    def __init__(self) -> None:
+        super().__init__(self.verdict)
+        self.said: str | None = ""
+
+    def verdict(self, body: dict[str, Any]) -> Reply:
+        first, second = body["messages"][0]["content"].split("[Answer A]\n")[1].split("\n\n[Answer B]\n")
         word = "A" if first.strip() > second.split("\n")[0] else "B"
-        content = type(self).reply or f" {word}.\n"
-        data = json.dumps({"choices": [{"message": {"content": content}}]} if content != "broken" else {}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args: Any) -> None:
-        pass
+        return {} if self.said is None else chat(self.said or f" {word}.\n")
 
 
 @pytest.fixture
-def endpoint() -> Iterator[str]:
-    _Handler.asked, _Handler.reply = [], ""
-    server = HTTPServer(("127.0.0.1", 0), _Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def endpoint() -> Iterator[Judge]:
+    with serving(server := Judge()):
+        yield server
 
 
-def test_an_endpoint_is_asked_in_both_orders(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_is_asked_in_both_orders(endpoint: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_KEY", "secret")
-    judge = EndpointJudge(endpoint, "m", "A_KEY")
+    judge = EndpointJudge(endpoint.url, "m", "A_KEY")
     found = pairwise(judge, ["p {first}", "q"], ["z", "a"], ["y", "b"])
     assert found.scores.tolist() == [1.0, 0.0]
-    assert len(_Handler.asked) == 4
-    assert _Handler.asked[0]["path"] == "/v1/chat/completions"
-    assert _Handler.asked[0]["key"] == "Bearer secret"
-    assert "[Prompt]\np {first}\n" in _Handler.asked[0]["messages"][0]["content"], "a prompt is never filled in itself"
+    assert len(endpoint.asked) == 4
+    path, headers, body = endpoint.asked[0]
+    assert path == "/v1/chat/completions"
+    assert headers["Authorization"] == "Bearer secret"
+    assert "[Prompt]\np {first}\n" in body["messages"][0]["content"], "a prompt is never filled in itself"
     for reply in ("I cannot say", "A tie", "Both A and B"):
-        _Handler.reply = reply
+        endpoint.said = reply
         assert judge("p", "x", "y") == 0.5
-    _Handler.reply = "broken"
+    endpoint.said = None
     with pytest.raises(RunError, match="gave no verdict"):
         judge("p", "x", "y")
 
@@ -224,6 +239,24 @@ def test_a_wrong_endpoint_is_refused() -> None:
         EndpointJudge("file:///etc", "m")
     with pytest.raises(RunError, match="is the endpoint up"):
         EndpointJudge("http://127.0.0.1:9", "m", timeout=2)("p", "a", "b")
+
+
+def test_answers_are_logged_as_a_table(tmp_path: Path) -> None:
+    tables: list[dict[str, Any]] = []
+    logger = SimpleNamespace(log_table=lambda key, **table: tables.append({"key": key, **table}))
+    data = SimpleNamespace(decode=lambda tokens: [" ".join(map(str, row)) for row in tokens.tolist()])
+    trainer = SimpleNamespace(datamodule=data, loggers=[logger, object()], default_root_dir=str(tmp_path))
+    tokens, mask = torch.tensor([[7, 2], [8, 2]]), torch.ones(2, 2, dtype=torch.bool)
+    module = SimpleNamespace(
+        trainer=trainer,
+        drawn={"answers": [(tokens + 10, mask, tokens, mask)]},
+        score=lambda *answers: answers[2][:, 0].float(),
+    )
+    keep_answers(module)
+    rows = [["17 12", "7 2", 7.0], ["18 12", "8 2", 8.0]]
+    assert tables == [{"key": "answers", "columns": ["prompt", "answer", "score"], "data": rows}]
+    written = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [list(row.values()) for row in written] == rows
 
 
 def test_rows_come_back_in_order() -> None:
@@ -252,9 +285,7 @@ def test_what_is_said_of_a_surface() -> None:
     assert found["optimum_soup"] == pytest.approx(1.6)
 
 
-# Lightning's remark on the value network, which the card of the method names
-@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
-def test_the_three_methods_chain(tmp_path: Path, endpoint: str) -> None:
+def test_the_three_methods_chain(tmp_path: Path, endpoint: Judge) -> None:
     """Pre-training, two members, a reward model and SALSA from their checkpoints, with all that a test can compare."""
     import matplotlib
 
@@ -282,7 +313,7 @@ def test_the_three_methods_chain(tmp_path: Path, endpoint: str) -> None:
         "model.init_args.value_init": "reward",
         "model.init_args.opponent": opponent,
         "model.init_args.surface": True,
-        "model.init_args.judge": {"url": endpoint, "model": "m"},
+        "model.init_args.judge": {"url": endpoint.url, "model": "m"},
         "trainer.callbacks+": [{"class_path": "figures"}],
     }
     fit("salsa", "salsa/smoke", **{key.replace(".", "__"): value for key, value in options.items()})

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from zoo.methods.salsa import losses
+from zoo.methods.salsa.frozen import member_states
 from zoo.methods.salsa.judge import EndpointJudge, pairwise, verdict
 from zoo.methods.salsa.networks import freeze, load_lm, load_weights
+from zoo.methods.salsa.rollout import ended
 from zoo.methods.salsa.soup import soup, soup_weights
 from zoo.nn.distributed import all_gather_rows, rank
 
@@ -33,6 +35,66 @@ def in_order(parts: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def evaluate_prompts(module: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """Answer held-out prompts, and keep what is said of each answer in `module.evaluated`.
+
+    Args:
+        module: A `Salsa` module.
+        batch: A `PromptBatch`.
+
+    Returns:
+        Prompts, their mask, answers and their mask.
+    """
+    tokens, mask = module.answer(batch, batch["row"], module.hparams["eval_seed"])
+    answers = (batch["prompt_ids"], batch["prompt_mask"], tokens, mask)
+    logprobs, _, entropy = module.evaluate_policy(*answers)
+
+    def kl_to(reference: Tensor) -> Tensor:
+        return torch.where(mask, losses.k1(logprobs, reference), 0).sum(dim=1)
+
+    found = {
+        "row": batch["row"],
+        "score": module.score(*answers),
+        "kl": kl_to(module.frozen.reference_logprobs(*answers)),
+        "entropy": (entropy * mask).sum(dim=1) / mask.sum(dim=1),
+        "length": mask.sum(dim=1).float(),
+        "no_eos": (~ended(tokens, mask, module.sampling.eos_id)).float(),
+    }
+    if "sft" in module.frozen:
+        is_reference = module.mode == "sft"
+        found["kl_sft"] = found["kl"] if is_reference else kl_to(module.frozen.logprobs("sft", *answers))
+    if hasattr(getattr(module.trainer, "datamodule", None), "reward"):
+        found["reward"] = module.gold(batch["prompt_ids"], tokens, mask)
+    for name, value in found.items():
+        module.evaluated.setdefault(name, []).append(value)
+    return answers
+
+
+def mean_of_prompts(module: Any, stage: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Log the means of what was found over all prompts; returns them, and what was found for each prompt in order."""
+    rows = in_order(module.evaluated)
+    means = {name: value.float().mean() for name, value in rows.items() if name != "row"}
+    module.log_dict({f"{stage}/{name}": value for name, value in means.items()}, sync_dist=True)
+    return means, rows
+
+
+def finish_test(module: Any) -> None:
+    """Log means, and compare with the opponent, the best of several answers, and the soups of the members."""
+    _, rows = mean_of_prompts(module, "test")
+    hp, values = module.hparams, dict[str, float]()
+    if hp["opponent"]:
+        values |= against_opponent(module, rows)
+    if hp["best_of"]:
+        values |= best_of(module, hp["best_of"])
+    if hp["surface"]:
+        surface, plane = surfaces(module)
+        values |= surface_metrics(surface, plane, hp["beta"])
+        module.drawn |= {"surface": surface, "plane": plane}
+    module.log_dict({f"test/{name}": value for name, value in values.items()}, sync_dist=True)
+    keep_answers(module)
+
+
+@torch.no_grad()
 def rewards_of(module: Any, policy: Any, seed: int, most: int = 0) -> dict[str, Tensor]:
     """Scores and, where the data have one, programmatic rewards of a model's answers to the prompts of the test.
 
@@ -47,7 +109,7 @@ def rewards_of(module: Any, policy: Any, seed: int, most: int = 0) -> dict[str, 
     """
     found: dict[str, list[Tensor]] = {"row": [], "score": [], "reward": []}
     gold = hasattr(module.trainer.datamodule, "reward")
-    for batch in module._drawn["batches"]:
+    for batch in module.drawn["batches"]:
         rows = batch["row"] < most if most else torch.ones_like(batch["row"], dtype=torch.bool)
         if not bool(rows.any()) and found["row"]:
             continue
@@ -86,7 +148,7 @@ def judged(module: Any, opponent: Any) -> dict[str, float]:
     """Let an endpoint compare this process's answers with the opponent's."""
     data, judge = module.trainer.datamodule, EndpointJudge(**module.hparams["judge"])
     texts: list[list[str]] = [[], [], []]
-    for batch, answers in zip(module._drawn["batches"], module._drawn["answers"], strict=True):
+    for batch, answers in zip(module.drawn["batches"], module.drawn["answers"], strict=True):
         theirs = module.answer(batch, batch["row"], module.hparams["eval_seed"], opponent)[0]
         for kept, tokens in zip(texts, (batch["prompt_ids"], answers[2], theirs), strict=True):
             kept += data.decode(tokens)
@@ -130,7 +192,7 @@ def surfaces(module: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if len(module.members) < 2:
         raise ValueError("surface: true needs two or more reference.members")
-    states, _ = module.member_states()
+    states, _ = member_states(module.members, module.hparams["vocab_size"])
     model = freeze(copy.deepcopy(load_lm(module.members[0], module.hparams["vocab_size"])[0])).to(module.device)
     seed = module.hparams["eval_seed"]
 
@@ -174,9 +236,9 @@ def surface_metrics(surface: Mapping[str, Tensor], plane: Mapping[str, Any], bet
 def keep_answers(module: Any) -> None:
     """Write some prompts and answers to `answers.jsonl`, and a table to W&B, if the data can decode them."""
     data: Any = getattr(module.trainer, "datamodule", None)
-    if rank() != 0 or not hasattr(data, "decode") or not module._drawn.get("answers"):
+    if rank() != 0 or not hasattr(data, "decode") or not module.drawn.get("answers"):
         return
-    prompts, mask, tokens, answer_mask = (part[:KEPT] for part in module._drawn["answers"][0])
+    prompts, mask, tokens, answer_mask = (part[:KEPT] for part in module.drawn["answers"][0])
     scores = module.score(prompts, mask, tokens, answer_mask).tolist()
     texts = zip(data.decode(prompts), data.decode(tokens), scores, strict=True)
     rows = [{"prompt": prompt, "answer": answer, "score": score} for prompt, answer, score in texts]

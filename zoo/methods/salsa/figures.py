@@ -55,6 +55,18 @@ def course_figure(course: Sequence[Mapping[str, float]]) -> Figure:
     return figure
 
 
+def drawn_figures(course: Sequence[Mapping[str, float]], drawn: Mapping[str, Any]) -> dict[str, Figure]:
+    """Those of the figures above that there is something for: the course of a run, and what its test drew."""
+    found = {}
+    if len(course) > 1:
+        found["course"] = course_figure(course)
+    if "surface" in drawn:
+        found["reward_over_alpha"] = alpha_figure(drawn["surface"])
+    if drawn.get("plane"):
+        found["reward_plane"] = plane_figure(drawn["plane"])
+    return found
+
+
 def frontier_figure(arms: Mapping[str, Sequence[tuple[float, float, float]]]) -> Figure:
     """Reward against KL, a line for each arm over its values of beta: `{arm: [(beta, kl, reward), ...]}`."""
     figure = Figure(figsize=(5, 3.2), layout="constrained")

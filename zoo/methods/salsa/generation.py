@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zoo.methods.salsa.losses import truncate
 from zoo.nn.distributed import is_distributed
+from zoo.nn.kv_cache import preallocated_cache
 from zoo.nn.sampling import generate
 
 ENGINES = ("in_process", "vllm")
@@ -73,16 +74,26 @@ def uniforms(seed: int, rows: Tensor, steps: int) -> Tensor:
 class _Inverse:
     """A model whose most likely token is the one that a given number in [0, 1) selects from the real distribution.
 
+    It also spares the model what a batch of known length does not need: its cache is allocated once, and there is no
+    mask where no prompt is padded.
+
     Args:
         model: The language model.
         numbers: `[B, steps]`.
         temperature: Divides the logits.
+        capacity: Tokens of a prompt and an answer.
+        padded: Whether a prompt is padded.
     """
 
-    def __init__(self, model: Any, numbers: Tensor, temperature: float) -> None:
+    def __init__(self, model: Any, numbers: Tensor, temperature: float, capacity: int, padded: bool) -> None:
         self.model, self.numbers, self.temperature, self.step = model, numbers, temperature, 0
+        self.capacity, self.padded = capacity, padded
 
     def __call__(self, **inputs: Any) -> Any:
+        if inputs["past_key_values"] is None:
+            inputs["past_key_values"] = preallocated_cache(self.model.config, self.capacity)
+        if not self.padded:  # then all rows have the same positions too
+            inputs |= {"attention_mask": None, "position_ids": inputs["position_ids"][:1]}
         output = self.model(**inputs)
         cumulated = torch.softmax(output.logits[:, -1].double() / self.temperature, dim=-1).cumsum(dim=-1)
         chosen = torch.searchsorted(cumulated, self.numbers[:, self.step, None] * cumulated[:, -1:], right=True)
@@ -110,7 +121,8 @@ class InProcess:
     def __call__(self, prompt_ids: Tensor, prompt_mask: Tensor, rows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Draw by inversion of the cumulated distribution, so that answers do not depend on the batch."""
         how = self.sampling
-        model = _Inverse(self.policy, uniforms(seed, rows, how.length), how.temperature)
+        capacity, padded = prompt_ids.shape[1] + how.length, not bool(prompt_mask.all())
+        model = _Inverse(self.policy, uniforms(seed, rows, how.length), how.temperature, capacity, padded)
         # Under FSDP every process has to take part in every step, so that none may stop early.
         end = None if is_distributed() else how.eos_id
         drawn = generate(
@@ -170,6 +182,26 @@ class VLLM:
             drawn = list(output.outputs[0].token_ids)
             tokens[row, : len(drawn)] = torch.tensor(drawn, dtype=torch.int64)
         return truncate(tokens.to(prompt_ids.device), how.eos_id, how.pad_id)
+
+
+def build_engine(kind: str, lm: str | Mapping[str, Any], sampling: Sampling, options: Mapping[str, Any]) -> Engine:
+    """Make an engine.
+
+    Args:
+        kind: One of `ENGINES`.
+        lm: The language model's values, folder or name: what vLLM is built from unless `options` name a `model`.
+        sampling: How answers are drawn.
+        options: Further arguments of `vllm.LLM`.
+
+    Raises:
+        ValueError: If vLLM is asked for without a model that it can read, or is not installed.
+    """
+    if kind == "in_process":
+        return InProcess(sampling)
+    model = options.get("model", lm if isinstance(lm, str) else None)
+    if model is None:
+        raise ValueError("engine_options: vllm needs model, a folder or hub name")
+    return VLLM(model, sampling, {key: value for key, value in options.items() if key != "model"})
 
 
 def merged_weights(model: Any) -> dict[str, Tensor]:

@@ -3,68 +3,50 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from zoo.card import Card
-from zoo.errors import RunError, UsageError, did_you_mean
-from zoo.methods.salsa import losses
-from zoo.methods.salsa.generation import ENGINES, VLLM, Engine, InProcess, Sampling, drawn_seed
+from zoo.errors import UsageError
+from zoo.methods.salsa import evaluation, losses
+from zoo.methods.salsa.frozen import FrozenNetworks, member_states, mixed
+from zoo.methods.salsa.generation import Engine, InProcess, Sampling, build_engine, drawn_seed
 from zoo.methods.salsa.networks import (
     ScalarModel,
     add_adapters,
     answer_likelihood,
     check_tokens,
-    freeze,
     lm_state,
     load_below_adapters,
-    load_lm,
     load_reward,
     load_weights,
     no_dropout,
+    shard_each,
 )
-from zoo.methods.salsa.soup import check_members, soup, soup_weights
-from zoo.nn.distributed import all_reduce_sum, is_distributed
+from zoo.methods.salsa.options import check_options, read_reference
+from zoo.methods.salsa.rollout import (
+    Rollout,
+    ended,
+    final_scores,
+    in_parts,
+    minibatch_rows,
+    pieces,
+    token_advantages,
+    watched,
+)
+from zoo.methods.salsa.soup import check_members
+from zoo.nn.distributed import all_reduce_sum
 from zoo.nn.lm import build_lm
 from zoo.nn.schedules import linear_ramp, total_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-REFERENCES = ("sft", "other", "soup", "mkl")
-ADVANTAGES = ("gae", "rloo", "group")
-VALUES = ("separate", "shared")
-STARTS = ("sft", "soup")
-
-
-class Rollout(NamedTuple):
-    """Prompts and answers with all that is known of them before the update; tensors of `B` rows."""
-
-    prompt_ids: Tensor
-    prompt_mask: Tensor
-    tokens: Tensor
-    mask: Tensor
-    logprobs: Tensor
-    """Under the policy that drew the answers, `[B, T]`."""
-    values: Tensor
-    """Before each token, `[B, T]`; 0 without a value network."""
-    advantages: Tensor
-    returns: Tensor
-    row: Tensor
-    """Place of each row in the global batch."""
-
-    def take(self, rows: Tensor) -> Rollout:
-        """Some of the rows."""
-        return Rollout(*(part[rows] for part in self))
 
 
 class Salsa(LightningModule):
@@ -142,8 +124,6 @@ class Salsa(LightningModule):
         links={"vocab_size": "vocab_size", "eos_id": "eos_id", "pad_id": "pad_id"},
         skip_checks={
             "accumulation": "each batch of answers takes several optimiser steps; micro_batch_size divides these",
-            "warnings": "Lightning remarks that the value network is in evaluation mode when the fit begins, which "
-            "without dropout changes nothing",
         },
     )
 
@@ -197,67 +177,33 @@ class Salsa(LightningModule):
     ) -> None:
         super().__init__()
         check_tokens(eos_id, pad_id)
-        given = locals()
-        for key, accepted in (
-            ("init", STARTS), ("advantage", ADVANTAGES), ("value", VALUES), ("value_init", ("sft", "reward")),
-            ("engine", ENGINES), ("schedule", ("constant", "linear")),
-        ):  # fmt: skip
-            if given[key] not in accepted:
-                raise ValueError(f"{key}: {given[key]!r} is unknown; accepted: {', '.join(accepted)}")
-        for key in ("lr", "value_lr", "temperature", "clip", "value_clip", "max_grad_norm"):
-            if given[key] <= 0:
-                raise ValueError(f"{key}: {given[key]} is not accepted; accepted: above 0")
-        for key in ("beta", "missing_eos_penalty", "lora_rank", "micro_batch_size", "best_of", "value_weight"):
-            if given[key] < 0:
-                raise ValueError(f"{key}: {given[key]} is not accepted; accepted: 0 or more")
-        for key in ("samples_per_prompt", "answer_length", "ppo_epochs", "minibatches"):
-            if given[key] < 1:
-                raise ValueError(f"{key}: {given[key]} is not accepted; accepted: 1 or more")
-        for key in ("gamma", "lam"):
-            if not 0 <= given[key] <= 1:
-                raise ValueError(f"{key}: {given[key]} is not accepted; accepted: 0 to 1")
-        if advantage != "gae" and samples_per_prompt < 2:
-            raise ValueError(
-                f"samples_per_prompt: {samples_per_prompt} with advantage {advantage!r}; accepted: 2 or more"
-            )
-        if value_init == "reward" and reward_model is None:
-            raise ValueError("value_init: 'reward' needs a reward_model")
+        check_options(locals())
         self.mode, self.alpha, self.members = read_reference(reference)
         self.save_hyperparameters()
         self.automatic_optimization = False
         network: Any = no_dropout(build_lm(lm, vocab_size))
-        needed = answer_length + 1
         limit = getattr(network.config, "max_position_embeddings", None)
-        if limit is not None and needed > limit:
+        if limit is not None and answer_length + 1 > limit:
             raise ValueError(
                 f"answer_length: {answer_length} and a prompt are more than the {limit} tokens of the model"
             )
-        #: Frozen networks by their part: the first member, the reference if it is another one, the reward model.
-        self.frozen = nn.ModuleDict()
-        kinds = {
-            "sft": self.mode in ("sft", "mkl") or track_sft,
-            "other": self.mode in ("other", "mkl"),
-            "soup": self.mode == "soup",
-        }
-        for kind in (kind for kind, wanted in kinds.items() if wanted):
-            self.frozen[kind] = freeze(copy.deepcopy(network))
-        if reward_model is not None:
-            self.frozen["reward"] = freeze(ScalarModel(copy.deepcopy(network)))
+        self.frozen = FrozenNetworks(network, self.mode, self.alpha, track_sft, reward_model is not None, temperature)
         self.register_buffer("shift", torch.zeros(()))
         if not self.members:  # for trying things out: the second one is random too
-            self._spread([lm_state(network), lm_state(build_lm(lm, vocab_size))])
+            self.frozen.spread([lm_state(network), lm_state(build_lm(lm, vocab_size))], "lm")
         self.value: ScalarModel | nn.Linear | None = None
         if advantage == "gae" and value == "separate":
-            self.value = ScalarModel(copy.deepcopy(network), init_std=0.0)
+            self.value = ScalarModel(copy.deepcopy(network), init_std=0.0).train()
         elif advantage == "gae":
             self.value = nn.Linear(network.config.hidden_size, 1, bias=False)
             nn.init.zeros_(self.value.weight)
         self.policy = add_adapters(network, lora_rank, lora_alpha, lora_targets).train()
         self.sampling = Sampling(answer_length, temperature, int(eos_id), int(pad_id))  # type: ignore[arg-type]
         self._engine: Engine | None = None
-        self._evaluated: dict[str, list[Tensor]] = {}
-        self._drawn: dict[str, Any] = {}
-        self._warned = False
+        #: What the last evaluation found for each prompt, and what it drew.
+        self.evaluated: dict[str, list[Tensor]] = {}
+        self.drawn: dict[str, Any] = {}
+        self._warned, self._sharded = False, False
         self._missing: list[str] = []
         self.course: list[dict[str, float]] = []
 
@@ -270,21 +216,25 @@ class Salsa(LightningModule):
 
         A checkpoint is restored after this hook and brings all of it; files that are gone are no error then.
         """
-        files = [*self.members, *([self.hparams["reward_model"]] if self.hparams["reward_model"] else [])]
+        hp = self.hparams
+        files = [*self.members, *([hp["reward_model"]] if hp["reward_model"] else [])]
         self._missing = [file for file in files if file.endswith(".ckpt") and not Path(file).expanduser().is_file()]
         if self._missing:
             return
         if self.members:
-            states, bases = self.member_states()
+            states, bases = member_states(self.members, hp["vocab_size"])
             check_members([{n: v.shape for n, v in s.items()} for s in states], bases, self.members)
-            self._spread(states)
-            self._start(states)
-        if self.hparams["reward_model"]:
-            net, shift = load_reward(self.hparams["reward_model"], self.hparams["vocab_size"])
-            load_weights(self.frozen["reward"], net.state_dict(), self.hparams["reward_model"])
+            self.frozen.spread(states, self.members[0])
+            begin = states[0] if hp["init"] == "sft" else mixed(states, self.alpha)
+            for net in (self.policy, getattr(self.value, "lm", None)):
+                if net is not None:
+                    load_below_adapters(net, begin, self.members[0])
+        if hp["reward_model"]:
+            net, shift = load_reward(hp["reward_model"], hp["vocab_size"])
+            load_weights(self.frozen["reward"], net.state_dict(), hp["reward_model"])
             self.shift.fill_(shift)
-            if self.hparams["value_init"] == "reward" and isinstance(self.value, ScalarModel):
-                load_weights(self.value, net.state_dict(), self.hparams["reward_model"])
+            if hp["value_init"] == "reward" and isinstance(self.value, ScalarModel):
+                load_weights(self.value, net.state_dict(), hp["reward_model"])
 
     def _check_loaded(self) -> None:
         """Refuse to start without the files that no checkpoint stands in for."""
@@ -305,49 +255,10 @@ class Salsa(LightningModule):
 
     on_validation_start = on_test_start = on_predict_start = _check_loaded
 
-    def member_states(self) -> tuple[list[dict[str, Tensor]], list[str]]:
-        """Weights of the members, and the fingerprints of what they were fine-tuned from."""
-        loaded = [load_lm(member, self.hparams["vocab_size"]) for member in self.members]
-        return [lm_state(model) for model, _ in loaded], [base for _, base in loaded]
-
-    def _spread(self, states: list[dict[str, Tensor]]) -> None:
-        """Load the frozen networks from the members."""
-        for kind in ("sft", "other", "soup"):
-            if kind in self.frozen:
-                made = {"sft": lambda: states[0], "other": lambda: states[1], "soup": lambda: self.mixed(states)}[
-                    kind
-                ]()
-                load_weights(self.frozen[kind], made, self.members[0] if self.members else "lm")
-
-    def mixed(self, states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The soup of the members: by `alpha` of two, the mean of more."""
-        return soup(states, soup_weights(len(states), self.alpha if len(states) == 2 else None))
-
-    def _start(self, states: list[dict[str, Tensor]]) -> None:
-        """Put policy and value network at their start."""
-        begin = states[0] if self.hparams["init"] == "sft" else self.mixed(states)
-        for net in (self.policy, getattr(self.value, "lm", None)):
-            if net is not None:
-                load_below_adapters(net, begin, self.members[0])
-
     def configure_model(self) -> None:
         """Shard each network by itself under FSDP2: several backward passes happen within a training step."""
-        strategy = self.trainer.strategy
-        if not isinstance(strategy, ModelParallelStrategy) or getattr(self, "_sharded", False):
-            return
-        from torch.distributed.fsdp import fully_shard
-
-        from zoo.nn.fsdp2 import blocks
-
-        self._sharded = True
-        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
-        for tensor in [*self.parameters(), *self.buffers()]:
-            dist.broadcast(tensor.detach(), 0)
-        for net in [self.policy, *self.frozen.values(), *([self.value] if self.value is not None else [])]:
-            least = getattr(strategy, "min_parameters", 1_000_000)
-            for block in blocks(net, least):
-                fully_shard(block, mesh=mesh)
-            fully_shard(net, mesh=mesh)
+        if not self._sharded:
+            self._sharded = shard_each(self, [self.policy, *self.frozen.values(), self.value])
 
     def configure_optimizers(self) -> Any:
         """AdamW with a group for each of policy and value network; the schedule counts optimiser steps."""
@@ -366,23 +277,8 @@ class Salsa(LightningModule):
 
     # Answers
 
-    @property
-    def engine(self) -> Engine:
-        """What draws answers."""
-        if self._engine is None:
-            if self.hparams["engine"] == "vllm":
-                options = dict(self.hparams["engine_options"] or {})
-                lm = self.hparams["lm"]
-                model = options.pop("model", lm if isinstance(lm, str) else None)
-                if model is None:
-                    raise ValueError("engine_options: vllm needs model, a folder or hub name")
-                self._engine = VLLM(model, self.sampling, options)
-            else:
-                self._engine = InProcess(self.sampling)
-        return self._engine
-
     def answer(self, batch: Mapping[str, Tensor], rows: Tensor, seed: int, policy: Any = None) -> tuple[Tensor, Tensor]:
-        """Draw an answer of the policy to each prompt; tokens and mask, each `[B, T]`."""
+        """Draw an answer of the policy, or of another one, to each prompt; tokens and mask, each `[B, T]`."""
         limit = getattr(self.policy.config, "max_position_embeddings", None)
         longest = batch["prompt_ids"].shape[1] + self.sampling.length
         if limit is not None and longest > limit:
@@ -390,31 +286,26 @@ class Salsa(LightningModule):
                 f"a prompt of {batch['prompt_ids'].shape[1]} tokens and an answer of {self.sampling.length} are more "
                 f"than the {limit} tokens of the model; accepted: shorter prompts or a smaller answer_length"
             )
-        engine = self.engine if policy is None else InProcess(self.sampling)
+        if self._engine is None:
+            hp = self.hparams
+            self._engine = build_engine(hp["engine"], hp["lm"], self.sampling, hp["engine_options"] or {})
+        engine = self._engine if policy is None else InProcess(self.sampling)
         engine.sync(self.policy if policy is None else policy)
         return engine(batch["prompt_ids"], batch["prompt_mask"], rows, seed)
 
     @torch.no_grad()
-    def score(self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    def score(self, *answers: Tensor) -> Tensor:
         """Score of each answer `[B]`: by the reward model or the data, less the penalty for answers without an end.
 
         Raises:
             RunError: If a score is not finite.
         """
-        if "reward" in self.frozen:
-            net: Any = self.frozen["reward"]
-            scores = net.score(torch.cat([prompt_ids, tokens], 1), torch.cat([prompt_mask, mask], 1)) - self.shift
-        else:
-            scores = self.gold(prompt_ids, tokens, mask)
-        ended = ((tokens == self.sampling.eos_id) & mask).any(dim=1)
-        scores = scores - self.hparams["missing_eos_penalty"] * (~ended).float()
-        bad = ~torch.isfinite(scores)
-        if bool(bad.any()):
-            of = self.hparams["reward_model"] or "the data"
-            raise RunError(
-                f"the reward of {of} is not finite for {int(bad.sum())} of {len(scores)} answers", "mend the reward"
-            )
-        return scores
+        prompt_ids, _, tokens, mask = answers
+        learned = "reward" in self.frozen
+        scores = self.frozen.rewards(*answers) - self.shift if learned else self.gold(prompt_ids, tokens, mask)
+        has_end = ended(tokens, mask, self.sampling.eos_id)
+        source = self.hparams["reward_model"] or "the data"
+        return final_scores(scores, has_end, self.hparams["missing_eos_penalty"], source)
 
     def gold(self, prompt_ids: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Programmatic reward of the data, `[B]`.
@@ -427,71 +318,44 @@ class Salsa(LightningModule):
             raise ValueError("reward_model: none is given, and the data have no programmatic reward")
         return data.reward(prompt_ids, tokens, mask).float()
 
-    def reference_logprobs(self, *answers: Tensor) -> Tensor:
-        """Log-probabilities of answers under the reference, `[B, T]`; for `mkl` their mean over two models."""
-        kinds = ("sft", "other") if self.mode == "mkl" else (self.mode,)
-        found = [
-            answer_likelihood(self.frozen[k], *answers, temperature=self.sampling.temperature).logprobs for k in kinds
-        ]
-        return found[0] if len(found) == 1 else losses.mkl_logprobs(found)
-
     # Training
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Answers, their scores and advantages, then epochs of minibatches; returns minus the objective."""
         seed = drawn_seed(self.device)
-        rollout, watched = self.collect(batch, seed)
+        rollout, means = self.collect(batch, seed)
         size = int(all_reduce_sum(torch.tensor(float(len(rollout.row)), device=self.device)))
         seen: list[dict[str, Tensor]] = []
         for epoch in range(self.hparams["ppo_epochs"]):
-            for rows in self.minibatch_rows(rollout.row, size, seed + epoch):
+            for rows in minibatch_rows(rollout.row, size, self.hparams["minibatches"], seed + epoch):
                 seen.append(self.update(rollout, rows))
-        watched |= {name: torch.stack([one[name] for one in seen]).mean() for name in seen[0]}
-        self.log_dict({f"train/{name}": value for name, value in watched.items()}, on_step=True, on_epoch=False)
-        return -watched["rlhf_reward"]
+        means |= {name: torch.stack([one[name] for one in seen]).mean() for name in seen[0]}
+        self.log_dict({f"train/{name}": value for name, value in means.items()}, on_step=True, on_epoch=False)
+        return -means["rlhf_reward"]
 
     @torch.no_grad()
     def collect(self, batch: Mapping[str, Tensor], seed: int) -> tuple[Rollout, dict[str, Tensor]]:
-        """Draw answers, and compute all that the update needs to know of them."""
+        """Draw answers, and compute all that the update needs to know of them; also means to be logged."""
         hp, k = self.hparams, self.hparams["samples_per_prompt"]
         many = {key: batch[key].repeat_interleave(k, dim=0) for key in ("prompt_ids", "prompt_mask", "row")}
         row = many["row"] * k + torch.arange(len(many["row"]), device=self.device) % k
         tokens, mask = self.answer(many, row, seed)
-        whole = (many["prompt_ids"], many["prompt_mask"], tokens, mask)
-        parts = self._in_parts(whole)
-        now = [self.evaluate_policy(*part) for part in parts]
-        logprobs, values, entropy = (torch.cat(column) for column in zip(*now, strict=True))
-        reference = torch.cat([self.reference_logprobs(*part) for part in parts])
+        answers = (many["prompt_ids"], many["prompt_mask"], tokens, mask)
+        parts = in_parts(answers, hp["micro_batch_size"])
+        logprobs, values, entropy = (
+            torch.cat(column) for column in zip(*(self.evaluate_policy(*part) for part in parts), strict=True)
+        )
+        reference = torch.cat([self.frozen.reference_logprobs(*part) for part in parts])
         scores = torch.cat([self.score(*part) for part in parts])
         kl = torch.where(mask, losses.k1(logprobs, reference), 0)
         rewards = losses.kl_rewards(kl, scores, mask, hp["beta"])
-        advantages, returns = self.advantages(rewards, values, mask)
-        every = torch.ones_like(scores, dtype=torch.bool)
-        ended = ((tokens == self.sampling.eos_id) & mask).any(dim=1)
-        watched = {
-            "score": losses.masked_mean(scores, every),
-            "kl": losses.masked_mean(kl.sum(dim=1), every),
-            "k3": losses.masked_mean(losses.k3(logprobs, reference), mask),
-            "entropy": losses.masked_mean(entropy, mask),
-            "length": losses.masked_mean(mask.sum(dim=1).float(), every),
-            "no_eos": losses.masked_mean((~ended).float(), every),
-        }
-        watched["rlhf_reward"] = watched["score"] - hp["beta"] * watched["kl"]
-        if "sft" in self.frozen and self.mode != "sft":
-            sft = torch.cat(
-                [
-                    answer_likelihood(self.frozen["sft"], *p, temperature=self.sampling.temperature).logprobs
-                    for p in parts
-                ]
-            )
-            watched["kl_sft"] = losses.masked_mean(torch.where(mask, losses.k1(logprobs, sft), 0).sum(dim=1), every)
-        self._watch_collapse(watched)
-        return Rollout(*whole, logprobs, values, advantages, returns, row), watched
-
-    def _in_parts(self, tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-        """Split rows by `micro_batch_size`."""
-        size = self.hparams["micro_batch_size"] or len(tensors[0])
-        return list(zip(*(t.split(size) for t in tensors), strict=True))
+        advantages, returns = token_advantages(rewards, values, mask, hp)
+        tracked = "sft" in self.frozen and self.mode != "sft"
+        sft = torch.cat([self.frozen.logprobs("sft", *part) for part in parts]) if tracked else None
+        has_end = ended(tokens, mask, self.sampling.eos_id)
+        means = watched(scores, logprobs, reference, entropy, mask, has_end, hp["beta"], sft)
+        self._watch_collapse(means)
+        return Rollout(*answers, logprobs, values, advantages, returns, row), means
 
     def evaluate_policy(self, *answers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities and entropies of answers under the policy, and values before each token; each `[B, T]`."""
@@ -504,31 +368,6 @@ class Salsa(LightningModule):
         ids, mask = torch.cat([answers[0], answers[2]], dim=1), torch.cat([answers[1], answers[3]], dim=1)
         return found.logprobs, self.value(ids, mask)[:, -answers[2].shape[1] - 1 : -1], found.entropy
 
-    def advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Advantages and returns of each token from the rewards, `[B, T]`."""
-        hp = self.hparams
-        if hp["whiten_rewards"]:
-            rewards = losses.whiten(rewards, mask, shift_mean=False)
-        if hp["advantage"] == "gae":
-            advantages, returns = losses.gae(rewards, values, mask, hp["gamma"], hp["lam"])
-        else:
-            returns = rewards.sum(dim=1)
-            of = losses.leave_one_out if hp["advantage"] == "rloo" else losses.group_relative
-            advantages = torch.where(mask, of(returns, hp["samples_per_prompt"])[:, None], 0)
-            returns = torch.where(mask, returns[:, None], 0)
-        return losses.whiten(advantages, mask) if hp["whiten_advantages"] else advantages, returns
-
-    def minibatch_rows(self, row: Tensor, size: int, seed: int) -> Iterator[Tensor]:
-        """Rows of this process in each minibatch of a random division of the global batch."""
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).to(row.device)
-        count = self.hparams["minibatches"]
-        if size < count:
-            raise ValueError(f"minibatches: {count} is more than the {size} answers of a batch")
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(size, device=row.device))
-        part = place[row] * count // size
-        for number in range(count):
-            yield (part == number).nonzero()[:, 0]
-
     def update(self, rollout: Rollout, rows: Tensor) -> dict[str, Tensor]:
         """One optimiser step on a minibatch; returns what is to be logged."""
         hp = self.hparams
@@ -536,23 +375,25 @@ class Salsa(LightningModule):
         optimizer.zero_grad()
         tokens = all_reduce_sum(rollout.mask[rows].sum().float())
         sums = torch.zeros(5, device=self.device)
-        for chosen, counts in self._pieces(rows):
+        for chosen, counts in pieces(rows, hp["micro_batch_size"]):
             part = rollout.take(chosen)
             mask = part.mask & counts[:, None]
             new, values, _ = self.evaluate_policy(*part[:4])
             policy = losses.policy_loss(new, part.logprobs, part.advantages, hp["clip"])
-            loss = policy_share = losses.share_of_mean(policy, mask, tokens)
+            loss = losses.share_of_mean(policy, mask, tokens)
+            error = torch.zeros_like(policy)
             if self.value is not None:
                 error = losses.value_loss(values, part.values, part.returns, hp["value_clip"])
-                value_share = losses.share_of_mean(error, mask, tokens)
-                loss = policy_share + hp["value_weight"] * value_share
+                loss = loss + hp["value_weight"] * losses.share_of_mean(error, mask, tokens)
             self.manual_backward(loss)
             with torch.no_grad():
                 ratio = torch.where(mask, torch.exp(new - part.logprobs), 1)
-                shares = [policy, error if self.value is not None else torch.zeros_like(policy), ratio]
-                shares += [(ratio - 1).square(), ((ratio - 1).abs() > hp["clip"]).float()]
+                shares = [policy, error, ratio, (ratio - 1).square(), ((ratio - 1).abs() > hp["clip"]).float()]
                 sums += torch.stack([torch.where(mask, share, 0).sum() for share in shares])
-        self._clip_gradients()
+        for net in (self.policy, self.value):
+            if net is not None:
+                trained = [p for p in net.parameters() if p.grad is not None]
+                nn.utils.clip_grad_norm_(trained, hp["max_grad_norm"])
         optimizer.step()
         scheduler: Any = self.lr_schedulers()
         if scheduler is not None:
@@ -560,109 +401,44 @@ class Salsa(LightningModule):
         names = ("policy_loss", "value_loss", "ratio_mean", "ratio_var", "clip_fraction")
         return dict(zip(names, all_reduce_sum(sums) / tokens.clamp(min=1), strict=True))
 
-    def _pieces(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows of each forward pass and whether each counts; as many passes in every process, none of them empty."""
-        size = self.hparams["micro_batch_size"]
-        count = torch.tensor(max(math.ceil(len(rows) / size), 1) if size else 1, device=rows.device)
-        if is_distributed():
-            dist.all_reduce(count, dist.ReduceOp.MAX)
-        for piece in rows.tensor_split(int(count)):
-            counts = torch.ones_like(piece, dtype=torch.bool)
-            yield (piece, counts) if len(piece) else (rows.new_zeros(1), counts.new_zeros(1))
-
-    def _clip_gradients(self) -> None:
-        for net in (self.policy, self.value):
-            if net is not None:
-                nn.utils.clip_grad_norm_(
-                    [p for p in net.parameters() if p.grad is not None], self.hparams["max_grad_norm"]
-                )
-
-    def _watch_collapse(self, watched: Mapping[str, Tensor]) -> None:
+    def _watch_collapse(self, means: Mapping[str, Tensor]) -> None:
         """Say once that the policy writes the same thing again and again."""
-        if not self._warned and float(watched["entropy"]) < self.hparams["collapse_entropy"]:
+        if not self._warned and float(means["entropy"]) < self.hparams["collapse_entropy"]:
             self._warned = True
             warnings.warn(
-                f"the policy has collapsed: its entropy is {float(watched['entropy']):.2g} nats per token (below "
+                f"the policy has collapsed: its entropy is {float(means['entropy']):.2g} nats per token (below "
                 f"collapse_entropy {self.hparams['collapse_entropy']}), its KL to the reference "
-                f"{float(watched['kl']):.3g}; a larger beta or a smaller lr keeps it",
+                f"{float(means['kl']):.3g}; a larger beta or a smaller lr keeps it",
                 RuntimeWarning,
                 stacklevel=2,
             )
 
-    # Evaluation
+    # Evaluation: see `zoo.methods.salsa.evaluation`
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last evaluation."""
-        self._evaluated, self._drawn = {}, {}
+        self.evaluated, self.drawn = {}, {}
 
     on_test_epoch_start = on_validation_epoch_start
 
-    @torch.no_grad()
-    def _evaluate(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        tokens, mask = self.answer(batch, batch["row"], self.hparams["eval_seed"])
-        answers = (batch["prompt_ids"], batch["prompt_mask"], tokens, mask)
-        logprobs, _, entropy = self.evaluate_policy(*answers)
-
-        def kl(reference: Tensor) -> Tensor:
-            return torch.where(mask, losses.k1(logprobs, reference), 0).sum(dim=1)
-
-        found = {
-            "score": self.score(*answers),
-            "kl": kl(self.reference_logprobs(*answers)),
-            "entropy": (entropy * mask).sum(dim=1) / mask.sum(dim=1),
-            "length": mask.sum(dim=1).float(),
-            "no_eos": 1 - ((tokens == self.sampling.eos_id) & mask).any(dim=1).float(),
-        }
-        if "sft" in self.frozen:
-            sft = answer_likelihood(self.frozen["sft"], *answers, temperature=self.sampling.temperature).logprobs
-            found["kl_sft"] = found["kl"] if self.mode == "sft" else kl(sft)
-        if hasattr(getattr(self.trainer, "datamodule", None), "reward"):
-            found["reward"] = self.gold(batch["prompt_ids"], tokens, mask)
-        for name, value in {"row": batch["row"], **found}.items():
-            self._evaluated.setdefault(name, []).append(value)
-        return answers
-
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Answer held-out prompts with random numbers that are the same in each validation."""
-        self._evaluate(batch)
+        evaluation.evaluate_prompts(self, batch)
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """The same for the prompts of the test, kept for what is compared at its end."""
-        answers = self._evaluate(batch)
-        self._drawn.setdefault("answers", []).append(answers)
-        self._drawn.setdefault("batches", []).append(dict(batch))
-
-    def _means(self, stage: str) -> dict[str, Tensor]:
-        from zoo.methods.salsa.evaluation import in_order
-
-        rows = in_order(self._evaluated)
-        means = {name: value.float().mean() for name, value in rows.items() if name != "row"}
-        self.log_dict({f"{stage}/{name}": value for name, value in means.items()}, sync_dist=True)
-        return rows
+        self.drawn.setdefault("answers", []).append(evaluation.evaluate_prompts(self, batch))
+        self.drawn.setdefault("batches", []).append(dict(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Log means over all prompts, and add a point to the course."""
-        rows = self._means("val")
+        means, _ = evaluation.mean_of_prompts(self, "val")
         if not self.trainer.sanity_checking:
-            kept = {name: float(value.float().mean()) for name, value in rows.items() if name != "row"}
-            self.course.append({"step": float(self.global_step), **kept})
+            self.course.append({"step": float(self.global_step), **{name: float(x) for name, x in means.items()}})
 
     def on_test_epoch_end(self) -> None:
         """Log means, and compare with the opponent, the best of several answers, and the soups of the members."""
-        from zoo.methods.salsa import evaluation
-
-        rows = self._means("test")
-        values: dict[str, float] = {}
-        if self.hparams["opponent"]:
-            values |= evaluation.against_opponent(self, rows)
-        if self.hparams["best_of"]:
-            values |= evaluation.best_of(self, self.hparams["best_of"])
-        if self.hparams["surface"]:
-            surface, plane = evaluation.surfaces(self)
-            values |= evaluation.surface_metrics(surface, plane, self.hparams["beta"])
-            self._drawn |= {"surface": surface, "plane": plane}
-        self.log_dict({f"test/{name}": value for name, value in values.items()}, sync_dist=True)
-        evaluation.keep_answers(self)
+        evaluation.finish_test(self)
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
         """Answer prompts; tokens and mask."""
@@ -670,16 +446,9 @@ class Salsa(LightningModule):
 
     def figures(self) -> dict[str, Figure]:
         """Reward against KL over the training; after a test with `surface`, reward over alpha and over the plane."""
-        from zoo.methods.salsa import figures
+        from zoo.methods.salsa.figures import drawn_figures
 
-        drawn = {}
-        if len(self.course) > 1:
-            drawn["course"] = figures.course_figure(self.course)
-        if "surface" in self._drawn:
-            drawn["reward_over_alpha"] = figures.alpha_figure(self._drawn["surface"])
-        if self._drawn.get("plane"):
-            drawn["reward_plane"] = figures.plane_figure(self._drawn["plane"])
-        return drawn
+        return drawn_figures(self.course, self.drawn)
 
     # Checkpoints
 
@@ -695,23 +464,3 @@ class Salsa(LightningModule):
         self.course = checkpoint.get("salsa_course", [])
         own = {n: v for n, v in self.state_dict().items() if n.startswith("frozen.")}
         checkpoint["state_dict"] = {**own, **checkpoint["state_dict"]}
-
-
-def read_reference(given: Mapping[str, Any] | None) -> tuple[str, float, list[str]]:
-    """Mode, alpha and members of a reference.
-
-    Raises:
-        ValueError: If a key or the mode is unknown, or the members do not suffice.
-    """
-    values = {"mode": "soup", "alpha": 0.5, "members": [], **(given or {})}
-    for key in values:
-        if key not in ("mode", "alpha", "members"):
-            raise ValueError(f"reference.{key} is unknown; {did_you_mean(key, ('mode', 'alpha', 'members'))}")
-    mode, alpha, members = values["mode"], values["alpha"], list(values["members"] or [])
-    if mode not in REFERENCES:
-        raise ValueError(f"reference.mode: {mode!r} is unknown; {did_you_mean(str(mode), REFERENCES)}")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise ValueError(f"reference.alpha: {alpha!r} is not accepted; accepted: a number")
-    if len(members) == 1 and mode != "sft":
-        raise ValueError(f"reference.members: one is not enough for mode {mode!r}; accepted: two or more")
-    return mode, float(alpha), members

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
-from zoo.errors import UsageError
 from zoo.methods.salsa.soup import distinct, fingerprint
+from zoo.nn.fsdp2 import blocks
 from zoo.nn.lm import build_lm, token_logprobs
 
 #: Where checkpoints of the three methods keep their language model.
@@ -157,33 +159,36 @@ def load_below_adapters(model: nn.Module, state: Mapping[str, Tensor], what: str
     load_weights(model, {**kept, **{places.get(n, n): v for n, v in state.items()}}, what)
 
 
-class StartsFrom(LightningModule):
-    """A module whose option `init_from` names a model to start from.
-
-    Lightning restores a checkpoint after `setup`: a resumed run has its weights from there, and needs no other file.
-    """
-
-    _missing = ""
-
-    def load_start(self, model: nn.Module) -> None:
-        """Load `init_from` into `model` in the `setup` of a fit."""
-        spec = self.hparams["init_from"]
-        self._missing = ""
-        if spec and spec.endswith(".ckpt") and not Path(spec).expanduser().is_file():
-            self._missing = spec
-        elif spec:
-            start_from(model, spec, self.hparams["vocab_size"])
-
-    def on_fit_start(self) -> None:
-        """Refuse to start without it."""
-        if self._missing and not self.trainer.ckpt_path:
-            raise UsageError(f"init_from: there is no checkpoint {self._missing}")
-
-
 def base_fingerprint(model: nn.Module) -> str:
     """Fingerprint of the weights without adapters, which models fine-tuned from the same weights share."""
     state = distinct({n.replace(".base_layer.", "."): v for n, v in model.state_dict().items() if ".lora_" not in n})
     return fingerprint(state)
+
+
+def shard_each(module: LightningModule, networks: Sequence[nn.Module | None]) -> bool:
+    """Shard each of some networks by itself where the strategy is FSDP2; to be called in `configure_model`.
+
+    Args:
+        module: The module that they belong to; rank 0's initial values of all of it are those of all ranks.
+        networks: Its networks; None are passed over.
+
+    Returns:
+        Whether they were sharded.
+    """
+    strategy = module.trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        return False
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = module.device_mesh["data_parallel"]  # type: ignore[index]
+    for tensor in [*module.parameters(), *module.buffers()]:
+        dist.broadcast(tensor.detach(), 0)
+    for net in networks:
+        if net is not None:
+            for block in blocks(net, getattr(strategy, "min_parameters", 1_000_000)):
+                fully_shard(block, mesh=mesh)
+            fully_shard(net, mesh=mesh)
+    return True
 
 
 class ScalarModel(nn.Module):

@@ -7,18 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from zoo.card import Card
+from zoo.methods.salsa.finetuning import FineTuning
 from zoo.methods.salsa.losses import bradley_terry
-from zoo.methods.salsa.networks import ScalarModel, StartsFrom, add_adapters, check_tokens, no_dropout
-from zoo.methods.salsa.sft import adamw, check_training
+from zoo.methods.salsa.networks import ScalarModel
 from zoo.nn.distributed import all_reduce_sum
-from zoo.nn.lm import build_lm
 from zoo.nn.schedules import total_steps
 
 
-class RewardModel(StartsFrom):
+class RewardModel(FineTuning):
     """Learn a scalar for each answer so that preferred answers have the larger one (Bradley-Terry).
 
     After the last step the rewards are shifted so that demonstrations have mean 0: those of the datamodule's
@@ -73,21 +72,17 @@ class RewardModel(StartsFrom):
         eos_id: int | None = None,
         pad_id: int | None = None,
     ) -> None:
-        super().__init__()
-        check_tokens(eos_id, pad_id)
-        check_training(lr, lora_rank, schedule)
+        super().__init__(metrics=("loss", "acc", "gap"))
         if shift_batches < 0:
             raise ValueError(f"shift_batches: {shift_batches} is not accepted; accepted: 0 (no shift) or more")
         self.save_hyperparameters()
-        model = no_dropout(build_lm(lm, vocab_size))
-        self.net = ScalarModel(add_adapters(model, lora_rank, lora_alpha, lora_targets)).train()
+        self.net = ScalarModel(self.build(dropout=False)).train()
         self.register_buffer("shift", torch.zeros(()))
-        self.loss, self.acc, self.gap = MeanMetric(), MeanMetric(), MeanMetric()
 
-    def setup(self, stage: str) -> None:
-        """Load `init_from` before training."""
-        if stage == "fit":
-            self.load_start(self.net.lm)
+    @property
+    def language_model(self) -> Any:
+        """The model that is trained, below the head."""
+        return self.net.lm
 
     def rewards(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Rewards of the preferred and of the other answers, each `[B]`, not shifted."""
@@ -105,7 +100,13 @@ class RewardModel(StartsFrom):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Set the shift when the last step is done."""
         if self.global_step >= total_steps(self.trainer) and self.hparams["shift_batches"]:
+            # under FSDP2 only calls that it knows of gather the weights; without it this does nothing
+            register_fsdp_forward_method(self, "score")
             self.set_shift()
+
+    def score(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Reward of each text `[B]`, not shifted."""
+        return self.net.score(input_ids, mask)
 
     @torch.no_grad()
     def set_shift(self) -> None:
@@ -121,27 +122,13 @@ class RewardModel(StartsFrom):
         total = torch.zeros(2, device=self.device)
         for index in range(count):
             batch = self.transfer_batch_to_device(batches.batch(0, index), self.device, 0)
-            rewards = self.net.score(batch[keys[0]], batch[keys[1]])
+            rewards = self.score(batch[keys[0]], batch[keys[1]])
             total += torch.stack([rewards.sum(), torch.tensor(float(len(rewards)), device=self.device)])
         total = all_reduce_sum(total)
         self.shift.copy_(total[0] / total[1])
 
-    def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:
+    def measured(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Loss of each pair, whether it is in the right order, and the difference of its rewards; each `[B]`."""
         chosen, rejected = self.rewards(batch)
-        self.loss(bradley_terry(chosen, rejected))
-        self.acc((chosen > rejected).float())
-        self.gap(chosen - rejected)
-        values = {f"{stage}/loss": self.loss, f"{stage}/acc": self.acc, f"{stage}/gap": self.gap}
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(chosen))
-
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Log loss, share of pairs in the right order, and mean difference of the rewards."""
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """The same on the test part."""
-        self._evaluate(batch, "test")
-
-    def configure_optimizers(self) -> Any:
-        """AdamW with warm-up and the schedule."""
-        return adamw(self, self.net.parameters())
+        right = (chosen > rejected).float()
+        return {"loss": bradley_terry(chosen, rejected), "acc": right, "gap": chosen - rejected}

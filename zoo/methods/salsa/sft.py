@@ -5,28 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from zoo.card import Card
-from zoo.methods.salsa.networks import (
-    StartsFrom,
-    add_adapters,
-    base_fingerprint,
-    check_tokens,
-    no_dropout,
-    positions,
-)
+from zoo.methods.salsa.finetuning import FineTuning
+from zoo.methods.salsa.networks import base_fingerprint, positions
 from zoo.nn.distributed import all_reduce_sum, world_size
-from zoo.nn.lm import IGNORE, build_lm, token_logprobs
-from zoo.nn.optim import decay_groups
-from zoo.nn.schedules import linear_ramp, total_steps, warmup_cosine
-
-SCHEDULES = ("constant", "linear", "cosine")
+from zoo.nn.lm import IGNORE, token_logprobs
 
 
-class SFT(StartsFrom):
+class SFT(FineTuning):
     """Maximise the likelihood of answers given prompts; without prompts, of texts.
 
     Args:
@@ -76,19 +64,20 @@ class SFT(StartsFrom):
         eos_id: int | None = None,
         pad_id: int | None = None,
     ) -> None:
-        super().__init__()
-        check_tokens(eos_id, pad_id)
-        check_training(lr, lora_rank, schedule)
+        super().__init__(metrics=("loss", "acc"))
         self.save_hyperparameters()
-        lm_ = build_lm(lm, vocab_size)
-        self.lm = add_adapters(lm_ if dropout else no_dropout(lm_), lora_rank, lora_alpha, lora_targets).train()
+        self.lm = self.build(dropout)
         self.base = ""
-        self.loss, self.acc = MeanMetric(), MeanMetric()
+
+    @property
+    def language_model(self) -> Any:
+        """The model that is trained."""
+        return self.lm
 
     def setup(self, stage: str) -> None:
-        """Load `init_from` before training."""
+        """Load `init_from` before training, and remember what it was."""
+        super().setup(stage)
         if stage == "fit":
-            self.load_start(self.lm)
             self.base = base_fingerprint(self.lm)
 
     def logprobs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,26 +95,10 @@ class SFT(StartsFrom):
         self.log("train/loss", loss.detach(), on_step=True, on_epoch=False)
         return loss
 
-    def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:
+    def measured(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Loss of each token that counts in nats, and whether it was the most likely; each `[N]`."""
         logprobs, counts, hits = self.logprobs(batch)
-        if not bool(counts.any()):
-            return
-        self.loss(-logprobs[counts])
-        self.acc(hits[counts].float())
-        values = {f"{stage}/loss": self.loss, f"{stage}/acc": self.acc}
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(logprobs))
-
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Log the loss per token in nats, and the share of tokens that were the most likely."""
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """The same on the test part."""
-        self._evaluate(batch, "test")
-
-    def configure_optimizers(self) -> Any:
-        """AdamW with warm-up and the schedule."""
-        return adamw(self, self.lm.parameters())
+        return {"loss": -logprobs[counts], "acc": hits[counts].float()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the model was fine-tuned from, so that soups can tell."""
@@ -134,28 +107,3 @@ class SFT(StartsFrom):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore it."""
         self.base = checkpoint.get("base", "")
-
-
-def check_training(lr: float, lora_rank: int, schedule: str) -> None:
-    """Raise `ValueError` if one of the options that the methods share is out of range."""
-    if lr <= 0:
-        raise ValueError(f"lr: {lr} is not accepted; accepted: above 0")
-    if lora_rank < 0:
-        raise ValueError(f"lora_rank: {lora_rank} is not accepted; accepted: 0 (all weights) or more")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule: {schedule!r} is unknown; accepted: {', '.join(SCHEDULES)}")
-
-
-def adamw(module: Any, parameters: Any) -> dict[str, Any]:
-    """AdamW by the module's `lr`, `betas` and `weight_decay`, with its warm-up and schedule."""
-    hp, steps = module.hparams, total_steps(module.trainer)
-    optimizer = torch.optim.AdamW(decay_groups(parameters, hp["weight_decay"]), lr=hp["lr"], betas=tuple(hp["betas"]))
-
-    def factor(step: int) -> float:
-        warmup = hp["warmup_steps"]
-        if hp["schedule"] == "cosine" or step < warmup:
-            return warmup_cosine(step, steps, warmup)
-        return 1.0 if hp["schedule"] == "constant" else linear_ramp(step - warmup, max(steps - warmup, 1), 1.0, 0.0)
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
