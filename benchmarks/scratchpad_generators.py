@@ -2,7 +2,8 @@
 
 The plain version does one problem after the other by the same rules: Python loops for the tree or the loop, for the
 search and for the matching of both ends, PIL for every frame. Both deliver the question and all frames of the solution
-as palette indices. Numbers are problems per second of processor time of one thread.
+as palette indices, at the same size and without anti-aliasing. Numbers are problems per second of processor time of one
+thread.
 
     python benchmarks/scratchpad_generators.py [--seconds 3] [--maze-dataset FOLDER] [--out DIR]
 
@@ -26,14 +27,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from datamodules.scratchpad.circ_maze import CircMaze, ring_sectors
 from datamodules.scratchpad.datamodule import make_task
-from datamodules.scratchpad.mazes import RectMaze
+from datamodules.scratchpad.rect_maze import RectMaze
 from datamodules.scratchpad.tasks import BLACK, BLUE, PALETTE, RED, WHITE, Sketch, Task, frame_indices, num_frames
 from zoo.bench.report import comparison, write_bench
 
@@ -45,8 +46,8 @@ CASES: dict[str, tuple[str, int | None, int, int, int, int]] = {
     "cycles_24": ("cycles", None, 96, 24, 24, 1500),
     "strings_12": ("strings", None, 96, 12, 12, 0),
 }
-#: Cases that have a plain version.
-PLAIN = ("rect_maze_6", "rect_maze_16", "cycles_24")
+#: Cells joined to each cell.
+Tree: TypeAlias = dict[int, set[int]]
 
 MAZE_DATASET = """
 import time
@@ -61,7 +62,8 @@ for size in (6, 16):
         count += 1
     rate[f"rect_maze_{size}"] = count / (time.process_time() - start)
 import json
-print(json.dumps(rate))
+from importlib.metadata import version
+print(json.dumps([rate, {name: version(name) for name in ("maze-dataset", "muutils")}]))
 """
 
 
@@ -93,13 +95,71 @@ def batched(task: Task, low: int, high: int, all_frames: bool, size: int = 256) 
     return make
 
 
-def plain_maze(task: RectMaze, low: int, high: int) -> Callable[[], int]:
-    """Return a function that makes one rectangular maze and all its frames by loops and PIL, by `RectMaze`'s rules."""
-    rng = random.Random(0)
+def square_cells(task: RectMaze) -> Callable[[Tree, dict[int, int]], None]:
+    """Return a function that draws one frame of a rectangular maze with PIL."""
     size, cell, cells = task.size, task.cell_size, task.grid.cells
+
+    def draw(tree: Tree, colours: dict[int, int]) -> None:
+        image = Image.new("P", (size * cell, size * cell), BLACK)
+        pen = ImageDraw.Draw(image)
+        for at in range(cells):
+            row, column = divmod(at, size)
+            x, y, colour = column * cell, row * cell, colours.get(at, WHITE)
+            pen.rectangle([x + 1, y + 1, x + cell - 2, y + cell - 2], fill=colour)
+            for other in tree[at]:
+                side = {
+                    -size: [x + 1, y, x + cell - 2, y],
+                    size: [x + 1, y + cell - 1, x + cell - 2, y + cell - 1],
+                    -1: [x, y + 1, x, y + cell - 2],
+                    1: [x + cell - 1, y + 1, x + cell - 1, y + cell - 2],
+                }
+                pen.rectangle(side[other - at], fill=colour)
+        np.asarray(image)
+
+    return draw
+
+
+def ring_cells(task: CircMaze) -> Callable[[Tree, dict[int, int]], None]:
+    """Return a function that draws one frame of a circular maze with PIL."""
+    centre = (task.image_size - 1) / 2
+    width = (task.image_size / 2 - 0.5) / (task.size + 1)
+    first = [sum(map(ring_sectors, range(1, ring))) for ring in range(1, task.size + 1)]
+    sides = task.grid.neighbours.tolist()
+
+    def draw(tree: Tree, colours: dict[int, int]) -> None:
+        image = Image.new("P", (task.image_size, task.image_size), WHITE)
+        pen = ImageDraw.Draw(image)
+        for ring in range(task.size, 0, -1):
+            inner, outer, sectors = ring * width, (ring + 1) * width, ring_sectors(ring)
+            box = [centre - outer, centre - outer, centre + outer, centre + outer]
+            for sector in range(sectors):
+                colour = colours.get(first[ring - 1] + sector, WHITE)
+                pen.pieslice(box, 360 * sector / sectors, 360 * (sector + 1) / sectors, fill=colour)
+            if ring == task.size:
+                pen.ellipse(box, outline=BLACK, width=2)
+            inside = [centre - inner, centre - inner, centre + inner, centre + inner]
+            for sector in range(sectors):
+                at = first[ring - 1] + sector
+                if sides[at][0] not in tree[at]:
+                    angle = 2 * math.pi * (sector + 1) / sectors
+                    x, y = math.cos(angle), math.sin(angle)
+                    ends = [centre + inner * x, centre + inner * y, centre + outer * x, centre + outer * y]
+                    pen.line(ends, fill=BLACK, width=2)
+                if sides[at][2] not in tree[at]:
+                    pen.arc(inside, 360 * sector / sectors, 360 * (sector + 1) / sectors, fill=BLACK, width=2)
+        pen.ellipse([centre - width, centre - width, centre + width, centre + width], fill=BLACK)
+        np.asarray(image)
+
+    return draw
+
+
+def plain_maze(task: RectMaze | CircMaze, low: int, high: int) -> Callable[[], int]:
+    """Return a function that makes one maze and all its frames by loops and PIL, by the rules of `Maze`."""
+    rng = random.Random(0)
+    cells = task.grid.cells
+    draw = square_cells(task) if isinstance(task, RectMaze) else ring_cells(task)
     sides, views = task.grid.neighbours.tolist(), task.grid.views.tolist()
     straight, nearer = task.grid.straight.tolist(), task.grid.nearer.tolist()
-    Tree = dict[int, set[int]]
 
     def distances(tree: Tree, start: int) -> dict[int, int]:
         found, queue = {start: 0}, deque([start])
@@ -154,23 +214,6 @@ def plain_maze(task: RectMaze, low: int, high: int) -> Callable[[], int]:
             return [], []
         depth = rng.choice(sorted({key[0] for key in both}))
         return both[rng.choice([key for key in both if key[0] == depth for side in both[key] for _ in side])]
-
-    def draw(tree: Tree, colours: dict[int, int]) -> NDArray[np.uint8]:
-        image = Image.new("P", (size * cell, size * cell), BLACK)
-        pen = ImageDraw.Draw(image)
-        for at in range(cells):
-            row, column = divmod(at, size)
-            x, y, colour = column * cell, row * cell, colours.get(at, WHITE)
-            pen.rectangle([x + 1, y + 1, x + cell - 2, y + cell - 2], fill=colour)
-            for other in tree[at]:
-                side = {
-                    -size: [x + 1, y, x + cell - 2, y],
-                    size: [x + 1, y + cell - 1, x + cell - 2, y + cell - 1],
-                    -1: [x, y + 1, x, y + cell - 2],
-                    1: [x + cell - 1, y + 1, x + cell - 1, y + cell - 2],
-                }
-                pen.rectangle(side[other - at], fill=colour)
-        return np.asarray(image)
 
     def problem() -> tuple[Tree, dict[int, int], int, bool]:
         wanted = rng.random() < 0.5
@@ -248,27 +291,89 @@ def plain_cycle(nodes: int, image_size: int) -> Callable[[], int]:
     return make
 
 
+def plain_string(nodes: int, image_size: int) -> Callable[[], int]:
+    """Return a function that makes one problem of strings and all its frames, by loops and PIL."""
+    rng = random.Random(0)
+    samples, unit, radius = 24, 0.2 * image_size, max(2.0, 0.03 * image_size)
+    palette = [int(255 * part) for colour in PALETTE for part in colour]
+
+    def piece(p0: float, p1: float, p2: float, p3: float, t: float) -> float:
+        return (1 - t) ** 3 * p0 + 3 * t * (1 - t) ** 2 * p1 + 3 * t**2 * (1 - t) * p2 + t**3 * p3
+
+    def make() -> int:
+        wanted = rng.random() < 0.5
+        anchors: list[tuple[float, float]] = []
+        while len(anchors) < nodes:
+            x, y = (image_size - 1) * (0.12 + 0.76 * rng.random()), (image_size - 1) * (0.12 + 0.76 * rng.random())
+            if all(math.hypot(x - a, y - b) >= 0.1 * (image_size - 1) for a, b in anchors):
+                anchors.append((x, y))
+        start = min(range(nodes), key=lambda node: anchors[node][1])
+        others = [node for node in range(nodes) if node != start]
+        rng.shuffle(others)
+        order = [start, *others]
+        black, blue = [], []  # lines; lines and their distance from the start
+        for number, loop in enumerate([order] if wanted else [order[: nodes // 2], order[nodes // 2 :]]):
+            length, lines = 0.0, []
+            tangent = {}
+            for i, node in enumerate(loop):
+                (ax, ay), (bx, by) = anchors[loop[i - 1]], anchors[loop[(i + 1) % len(loop)]]
+                tangent[node] = ((bx - ax) / 6, (by - ay) / 6)
+            for i, node in enumerate(loop):
+                after = loop[(i + 1) % len(loop)]
+                (ax, ay), (bx, by), (ux, uy), (vx, vy) = anchors[node], anchors[after], tangent[node], tangent[after]
+                at = (ax, ay)
+                for step in range(1, samples + 1):
+                    t = step / samples
+                    to = (piece(ax, ax + ux, bx - vx, bx, t), piece(ay, ay + uy, by - vy, by, t))
+                    lines.append((at, to, length))
+                    length += math.hypot(to[0] - at[0], to[1] - at[1])
+                    at = to
+            black += [(a, b) for a, b, _ in lines]
+            if number == 0:
+                blue = [(a, b, min(along, length - along)) for a, b, along in lines]
+        x, y = anchors[start]
+        for step in range(math.ceil(max(far for _, _, far in blue) / unit) + 1):
+            image = Image.new("P", (image_size, image_size), WHITE)
+            image.putpalette(palette)
+            pen = ImageDraw.Draw(image)
+            for a, b in black:
+                pen.line([a, b], fill=BLACK, width=2)
+            for a, b, far in blue:
+                if far <= step * unit:
+                    pen.line([a, b], fill=BLUE, width=2)
+            pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=BLUE)
+            np.asarray(image)
+        return 1
+
+    return make
+
+
 def measure(seconds: float, maze_dataset: str) -> dict[str, dict[str, Any]]:
     """Measure every case."""
     foreign: dict[str, float] = {}
+    versions: dict[str, str] = {}
     if maze_dataset:
         code = MAZE_DATASET.replace("SECONDS", str(seconds))
         words, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": maze_dataset}
         done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
-        foreign = json.loads(done.stdout.splitlines()[-1])
+        foreign, versions = json.loads(done.stdout.splitlines()[-1])
     found = {}
     for name, (kind, size, image_size, low, high, aim) in CASES.items():
         task = make_task(kind, image_size, size)
         one: dict[str, Any] = {"task": kind, "size": size, "image_size": image_size, "difficulty": [low, high]}
         one["problems_per_second"] = rate(batched(task, low, high, all_frames=False), seconds)
         one["aim_per_second"] = aim or None
-        if name in PLAIN:
-            ours = rate(batched(task, low, high, all_frames=True), seconds)
-            plain = plain_maze(task, low, high) if isinstance(task, RectMaze) else plain_cycle(high, image_size)
-            theirs = rate(plain, seconds)
-            one |= {"all_frames_per_second": ours, "plain_per_second": theirs, "over_plain": ours / theirs}
+        ours = rate(batched(task, low, high, all_frames=True), seconds)
+        if isinstance(task, RectMaze | CircMaze):
+            plain = plain_maze(task, low, high)
+        else:
+            plain = (plain_cycle if kind == "cycles" else plain_string)(high, image_size)
+        theirs = rate(plain, seconds)
+        one |= {"all_frames_per_second": ours, "plain_per_second": theirs, "over_plain": ours / theirs}
         if name in foreign:
             one["maze_dataset_per_second"] = foreign[name]
+            one["over_maze_dataset"] = ours / foreign[name]
+            one["maze_dataset_versions"] = versions
         found[name] = one
         print(name, json.dumps(one), flush=True)
     return found
@@ -283,14 +388,17 @@ def main() -> None:
     args = parser.parse_args()
     cases = measure(args.seconds, args.maze_dataset)
     details = {"cases": cases, "clock": "processor time of one thread"}
-    ratio = min(cases[name]["over_plain"] for name in PLAIN)
-    what = "scratchpad problems with all frames a second, over plain Python with PIL; the least of three tasks"
+    ratio = min(one["over_plain"] for one in cases.values())
+    what = "scratchpad problems with all frames a second, over plain Python with PIL; the least of five cases"
     write_bench(
         args.out / "scratchpad_generators.json",
         comparison("scratchpad_generators", what, ratio, "", ">=", 10.0, details),
     )
-    share = min(one["problems_per_second"] / one["aim_per_second"] for one in cases.values() if one["aim_per_second"])
-    what = "scratchpad problems a second over what is aimed at (4,000 mazes of 6 x 6, 600 of 16 x 16, 1,500 cycles)"
+    share = min(one["all_frames_per_second"] / one["aim_per_second"] for one in cases.values() if one["aim_per_second"])
+    what = (
+        "scratchpad problems with all frames a second over what is aimed at "
+        "(4,000 mazes of 6 x 6, 600 of 16 x 16, 1,500 cycles of 24 nodes at 96 pixels)"
+    )
     write_bench(args.out / "scratchpad_rates.json", comparison("scratchpad_rates", what, share, "", ">=", 1.0, details))
 
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from datamodules.loading import Batches, ResumableLoader, ZooDataModule, epoch_permutation, keyed_generator
-from datamodules.scratchpad.loops import Cycles, Strings
-from datamodules.scratchpad.mazes import CircMaze, RectMaze
+from datamodules.scratchpad.circ_maze import CircMaze
+from datamodules.scratchpad.loops import Cycles
+from datamodules.scratchpad.rect_maze import RectMaze
+from datamodules.scratchpad.strings import Strings
 from datamodules.scratchpad.tasks import PALETTE, Problems, Task, num_frames, problem_pool, rows_of
 
 #: Names that `make_task` takes.
@@ -46,7 +48,8 @@ def make_task(task: str, image_size: int, size: int | None = None) -> Task:
     Args:
         task: One of `TASKS`.
         image_size: Height and width in pixels.
-        size: Cells along a side or number of rings; for mazes only.
+        size: Cells along a side (`rect_maze`), number of rings (`circ_maze`), or fixed places on the circle (`cycles`;
+            None for as many places as nodes, turned at random).
 
     Raises:
         ValueError: If the name is unknown or the sizes do not fit.
@@ -59,9 +62,11 @@ def make_task(task: str, image_size: int, size: int | None = None) -> Task:
         return RectMaze(image_size, size) if task == "rect_maze" else CircMaze(image_size, size)
     if task not in TASKS:
         raise ValueError(f"task={task!r}: expected one of {', '.join(TASKS)}")
+    if task == "cycles":
+        return Cycles(image_size, size)
     if size is not None:
-        raise ValueError(f"size={size}: {task} has no size, the number of nodes is its difficulty")
-    return Cycles(image_size) if task == "cycles" else Strings(image_size)
+        raise ValueError(f"size={size}: {task} has no size, the number of anchors is its difficulty")
+    return Strings(image_size)
 
 
 class ScratchpadBatches(Batches):
@@ -117,7 +122,8 @@ class VisualScratchpadTasks(ZooDataModule):
 
     Args:
         task: `rect_maze`, `circ_maze`, `cycles` or `strings`.
-        size: Cells along a side (`rect_maze`) or number of rings (`circ_maze`); None for the others.
+        size: Cells along a side (`rect_maze`), number of rings (`circ_maze`), or fixed places on the circle (`cycles`;
+            None for as many places as nodes, turned at random); None for `strings`.
         image_size: Height and width in pixels.
         train_difficulty: Least and largest path length (mazes) or number of nodes (cycles, strings), both included.
         ood_difficulty: The same for the problems out of distribution, all harder than in training; None for none.

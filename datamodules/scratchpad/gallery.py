@@ -56,7 +56,7 @@ def gallery(seed: int = 0) -> Figure:
             axis.imshow(picture, interpolation="nearest")
             axis.set_title(title, fontsize=8)
             axis.set(xticks=[], yticks=[])
-        what = "path" if size else "nodes"
+        what = "path" if "maze" in name else "nodes"
         line[0].set_ylabel(f"{name}\n{image_size} px, {what} {difficulty}", fontsize=8)
     return figure
 

@@ -86,8 +86,13 @@ class Task(ABC):
         canvas, arrival = self.pixels(problems)
         count = num_frames(problems, stride).astype(np.uint8)
         frames = arrival if stride == 1 else np.where(arrival == NEVER, NEVER, -(-arrival.astype(np.int16) // stride))
-        late = frames > count[:, None, None]
-        return Sketch(canvas, np.where(late, np.uint8(NEVER), frames.astype(np.uint8)))
+        frames = frames.astype(np.uint8, copy=False)
+        return Sketch(canvas, frames | _mask(frames > count[:, None, None]))
+
+
+def _mask(chosen: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """255 where true, 0 elsewhere: bitwise operations on bytes are much faster than `np.where`."""
+    return np.negative(chosen.view(np.uint8))
 
 
 def num_frames(problems: Problems, stride: int = 1) -> NDArray[np.int64]:
@@ -97,8 +102,8 @@ def num_frames(problems: Problems, stride: int = 1) -> NDArray[np.int64]:
 
 def frame_indices(sketch: Sketch, t: int | NDArray[np.integer]) -> NDArray[np.uint8]:
     """Palette indices `[n, H, W]` of frame `t` (one number, or one per row `[n]`); later frames equal the last one."""
-    limit = np.minimum(np.asarray(t).reshape(-1, 1, 1), NEVER - 1)
-    return np.where(sketch.arrival <= limit, np.uint8(BLUE), sketch.canvas)
+    limit = np.minimum(np.asarray(t).reshape(-1, 1, 1), NEVER - 1).astype(np.uint8)
+    return sketch.canvas ^ ((sketch.canvas ^ np.uint8(BLUE)) & _mask(sketch.arrival <= limit))
 
 
 def rgb(indices: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -13,7 +13,7 @@ from PIL import Image
 from datamodules.scratchpad.datamodule import VisualScratchpadTasks
 from datamodules.scratchpad.export import export, main, picture
 from datamodules.scratchpad.gallery import examples, gallery
-from datamodules.scratchpad.mazes import RectMaze
+from datamodules.scratchpad.rect_maze import RectMaze
 from datamodules.scratchpad.tasks import PALETTE, rgb
 
 TASK = RectMaze(16, 4)
@@ -88,7 +88,7 @@ def test_the_command_writes_and_refuses_in_one_sentence(tmp_path: Path, capsys: 
         (["--output", str(tmp_path / "films")], "there already and not empty"),
         (["--output", str(tmp_path / "a"), "--stride", "0"], "stride=0: expected at least 1"),
         (["--output", str(tmp_path / "a"), "--difficulty", "7", "8"], "must be even"),
-        (["--output", str(tmp_path / "a"), "--size", "3"], "has no size"),
+        (["--output", str(tmp_path / "a"), "--size", "3"], "expected at least 6"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main([*words, *changes])
