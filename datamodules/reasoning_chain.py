@@ -141,7 +141,15 @@ class ItemBatches(Batches):
         return {"problems": self.problems[rows], "traces": self.traces[rows]}
 
 
-class ReasoningChain(ZooDataModule):
+class ReasoningData(ZooDataModule):
+    """A datamodule whose batches may hold problems, which are objects and no tensors."""
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Problems stay as they are; Lightning would take them apart."""
+        return batch if "problems" in batch else super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+
+class ReasoningChain(ReasoningData):
     """The branching modular chain with exact potentials.
 
     Args:

@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from datamodules.loading import ResumableLoader, ZooDataModule, keyed_generator
+from datamodules.loading import ResumableLoader, keyed_generator
 from datamodules.reasoning_answers import FORMS, answer_span, as_integer, check_answer, extract_answer, run_tests
-from datamodules.reasoning_chain import ItemBatches
+from datamodules.reasoning_chain import ItemBatches, ReasoningData
 
 #: Ends a text that a server has ended; see `zoo.methods.cot_potential.server.END`.
 END = "\x03"
@@ -149,7 +149,7 @@ class TextProblem:
         return [""] * (len(boundaries) - 1), [math.nan] * len(boundaries)
 
 
-class ReasoningProblems(ZooDataModule):
+class ReasoningProblems(ReasoningData):
     """Problems of a file or a data set, with given traces or without.
 
     Args:

@@ -12,12 +12,16 @@ import torch
 from scipy.stats import chi2
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.methods.cot_toy import PROBLEM, TASK, TabularLM
+from datamodules.reasoning_chain import ChainTraces
+from datamodules.reasoning_chain_task import ChainProblem, ChainTask, Writer
+from tests.methods.cot_toy import PROBLEM, TASK, TabularLM, next_tokens
 from zoo.methods.cot_potential.curves import Chunker, make_trace, sample_curves, survivors, write_traces
-from zoo.methods.cot_potential.engine import Job, LocalEngine, Policy, pick, row_keys, uniforms
+from zoo.methods.cot_potential.engine import Job, LocalEngine
 from zoo.methods.cot_potential.flops import cost_of, fork_flops, naive_flops, prefix_flops
+from zoo.methods.cot_potential.losses import trace_loss
 from zoo.methods.cot_potential.optimise import optimise_traces
 from zoo.methods.cot_potential.store import SampleStore, fingerprint
+from zoo.methods.cot_potential.streams import Policy, pick, row_keys, uniforms
 from zoo.nn.lm import build_lm
 
 EOS = TASK.ids["EOS"]
@@ -274,3 +278,55 @@ def test_bad_values(lm: Any) -> None:
         Policy(budget=0)
     with pytest.raises(ValueError, match="temperature: -1"):
         Policy(temperature=-1)
+
+
+def grammar_leaves(problem: Any, prefix: tuple[int, ...] = ()) -> list[tuple[int, ...]]:
+    """Every trace of the grammar that starts with a prefix."""
+    if prefix and prefix[-1] == problem.task.ids["EOS"]:
+        return [prefix]
+    return [leaf for token in next_tokens(problem, prefix) for leaf in grammar_leaves(problem, (*prefix, token))]
+
+
+def test_estimates_of_a_trained_model_are_the_sums_over_its_tree() -> None:
+    torch.manual_seed(0)
+    task = ChainTask(p=5, steps=2, hard=(1,), operands=(1, 2))
+    writer = Writer(0.4, 0.3, 0.5, 0.25)
+    lm: Any = build_lm({"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+                        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64},
+                       len(task.words)).train()  # fmt: skip
+    batches = ChainTraces(task, writer, 32, 150, 0, "train")
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-2)
+    for step in range(150):
+        batch = batches.batch(0, step)
+        trace_loss(lm(input_ids=batch["input_ids"]).logits, batch["labels"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    lm.eval()
+    problem = ChainProblem(task, 3, (("H", 2), ("+", 1)), writer, "tree")
+    leaves = grammar_leaves(problem)
+    assert len(leaves) == 50  # 5 guesses; 5 first values, each with 1 + 4 * 2 ways through the second step
+    prompt = problem.prompt
+    logprob = []
+    for leaf in leaves:
+        with torch.no_grad():
+            logits = lm(input_ids=torch.tensor([[*prompt, *leaf]])).logits[0, len(prompt) - 1 : -1]
+        logprob.append(logits.double().log_softmax(-1).gather(1, torch.tensor(leaf)[:, None])[:, 0])
+    engine = LocalEngine(lm, [task.ids["EOS"]], Policy(budget=40, seed=3))
+    right = next(x for x in leaves if problem.judge(list(x)) and task.ids["TRY"] in x and task.ids["NO"] in x)
+    trace = make_trace(problem, list(right), CHUNKER, "t")
+    n, widths = 3000, []
+    curve = sample_curves(engine, [trace], n, SampleStore(None), reuse=False)[0]
+    for cut, pot in zip(trace.boundaries[:-1], curve.pot.tolist(), strict=False):
+        inside = [
+            (float(lp[cut:].sum().exp()), problem.judge(list(leaf)))
+            for leaf, lp in zip(leaves, logprob, strict=True)
+            if leaf[:cut] == right[:cut]
+        ]
+        low = sum(p for p, good in inside if good)
+        outside = 1 - sum(p for p, _ in inside)  # what the model writes outside the grammar may be right or not
+        noise = 4 * (max(low, 0.01) * 1 / n) ** 0.5
+        assert low - noise <= pot <= low + outside + noise
+        widths.append(outside)
+    assert len(widths) == 5
+    assert min(widths) > 0
+    assert max(widths) < 0.2

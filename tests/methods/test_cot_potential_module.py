@@ -14,13 +14,14 @@ from datamodules.reasoning_chain import ChainTraces
 from datamodules.reasoning_chain_task import ChainProblem, ChainTask, Writer
 from tests.methods.cot_toy import PROBLEM, TASK, WRITER, TabularLM
 from zoo.methods.cot_potential.curves import Chunker, make_trace, sample_curves
-from zoo.methods.cot_potential.engine import LocalEngine, Policy
+from zoo.methods.cot_potential.engine import LocalEngine
 from zoo.methods.cot_potential.losses import Thresholds
 from zoo.methods.cot_potential.metrics import all_metrics, curve_metrics, pass_metrics
 from zoo.methods.cot_potential.module import CoTPotential
 from zoo.methods.cot_potential.proxies import trace_proxies
 from zoo.methods.cot_potential.report import colour, report_html, write_rows
 from zoo.methods.cot_potential.store import SampleStore
+from zoo.methods.cot_potential.streams import Policy
 from zoo.methods.cot_potential.studies import (
     Bench,
     Settings,

@@ -6,102 +6,69 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from datamodules.reasoning_problems import TextProblem
+from tests.support.endpoint import Endpoint, Reply, serving
 from zoo.api import run
 from zoo.errors import RunError, UsageError
 from zoo.methods.cot_potential.curves import Chunker, make_trace, sample_curves, write_traces
-from zoo.methods.cot_potential.engine import Job, Policy
+from zoo.methods.cot_potential.engine import Job
 from zoo.methods.cot_potential.server import END, ServerEngine
 from zoo.methods.cot_potential.store import SampleStore
+from zoo.methods.cot_potential.streams import Policy
 
 PROBLEM = TextProblem("q1", "Q: 2 + 2?\n", "4", "integer")
 
 
-class Stub(ThreadingHTTPServer):
+class Stub(Endpoint):
     """Answers as the tests want it; a token is a word."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.bodies: list[dict[str, Any]] = []
+        super().__init__(self.complete)
         self.lock = threading.Lock()
-        self.now = self.most = 0
+        self.now = self.most = self.served = 0
         #: What the next requests are answered with before the server behaves.
         self.faults: list[str] = []
         self.fail_from = 10**9
         self.pause = 0.0
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
     def engine(self, **options: Any) -> ServerEngine:
         policy = Policy(budget=options.pop("budget", 50))
         return ServerEngine(policy, self.url, "stub", **{"backoff": 0.01, "timeout": 5.0, **options})
 
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Stub
-
-    def do_POST(self) -> None:
-        stub = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with stub.lock:
-            stub.bodies.append(body)
-            stub.now += 1
-            stub.most = max(stub.most, stub.now)
-            fault = stub.faults.pop(0) if stub.faults else ""
-            if len(stub.bodies) >= stub.fail_from:
+    def complete(self, body: dict[str, Any]) -> Reply:
+        with self.lock:
+            self.now, self.served = self.now + 1, self.served + 1
+            self.most = max(self.most, self.now)
+            fault = self.faults.pop(0) if self.faults else ""
+            if self.served >= self.fail_from:
                 fault = "503"
-        time.sleep(stub.pause)
-        with stub.lock:
-            stub.now -= 1
+        time.sleep(self.pause)
+        with self.lock:
+            self.now -= 1
         if fault == "slow":
             time.sleep(0.5)
         if fault.isdigit():
-            return self.answer(int(fault), b"no")
-        if fault == "garbage":
-            return self.answer(200, b"<html>")
-        if fault == "empty":
-            return self.answer(200, b'{"choices": []}')
+            return int(fault)
+        if fault in ("garbage", "empty"):
+            return {"garbage": b"<html>", "empty": {"choices": []}}[fault]
         # a prefix that says where it leads is followed; others are right for even seeds
         right = "so" in body["prompt"] or body.get("seed", 0) % 2 == 0
-        text = f" well #### {4 if right else 5}"
+        text, reason = f" well #### {4 if right else 5}", "stop"
         if body["max_tokens"] < 3:
             text, reason = " well", "length"
-        else:
-            reason = "stop"
         usage = {"prompt_tokens": len(body["prompt"].split()), "completion_tokens": 3}
-        content = {"choices": [{"text": text, "finish_reason": reason}], "usage": usage}
-        self.answer(200, json.dumps(content).encode())
-
-    def answer(self, status: int, content: bytes) -> None:
-        try:
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-        except OSError:
-            pass  # the client has given up
-
-    def log_message(self, *args: Any) -> None:
-        pass
+        return {"choices": [{"text": text, "finish_reason": reason}], "usage": usage}
 
 
 @pytest.fixture
 def stub() -> Iterator[Stub]:
-    server = Stub()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(server := Stub()):
+        yield server
 
 
 def jobs(engine: ServerEngine, count: int) -> list[Job]:
@@ -129,7 +96,7 @@ def test_seeds_are_those_of_the_rows(stub: Stub) -> None:
     one = first.complete(jobs(first, 12))
     seeds = sorted(b["seed"] for b in stub.bodies)
     assert len(set(seeds)) == 12
-    stub.bodies.clear()
+    stub.asked.clear()
     assert second.complete(jobs(second, 12)) == one
     assert sorted(b["seed"] for b in stub.bodies) == seeds
 
@@ -175,7 +142,7 @@ def test_nothing_is_lost_and_the_limit_holds(stub: Stub, tmp_path: Path) -> None
     kept = SampleStore(path)
     assert 5 <= kept.found <= 7
     stub.fail_from = 10**9
-    stub.bodies.clear()
+    stub.asked.clear()
     again = stub.engine(concurrency=2)
     write_traces(again, [PROBLEM], 20, kept)
     assert len(stub.bodies) == 20 - kept.found
@@ -194,7 +161,6 @@ def test_no_room_and_no_end(stub: Stub) -> None:
         engine.complete([Job(opened, 7, 1, range(2))])
 
 
-@pytest.mark.filterwarnings("ignore:You have overridden `transfer_batch_to_device`")  # see skip_checks of the card
 def test_a_whole_analysis_from_files(stub: Stub, tmp_path: Path) -> None:
     problems, traces = tmp_path / "problems.jsonl", tmp_path / "traces.jsonl"
     rows = [{"key": k, "question": f"{k}: 2 + 2?", "answer": "4"} for k in "ab"]

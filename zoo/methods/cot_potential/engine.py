@@ -1,13 +1,10 @@
-"""Sampling completions of many prefixes of one trace: one prefill, and caches forked from it.
-
-The random number of token `i` of a completion is a function of the seed and of (trace, boundary, row, i): it does not
-matter what else is in a batch, in which order work is done, or whether a killed analysis goes on.
-"""
+"""Sampling completions of many prefixes of one trace: one prefill, from which all rows go on."""
 
 from __future__ import annotations
 
-import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,42 +12,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
+from zoo.methods.cot_potential.caches import (
+    Layers,
+    SharedPrefixes,
+    can_share,
+    copied_layers,
+    read_layers,
+    shared_attention,
+)
 from zoo.methods.cot_potential.flops import Cost, cost_of
-from zoo.nn.sampling import check_sampling, filter_logits
+from zoo.methods.cot_potential.streams import Policy, pick, row_keys, uniforms
 
 #: Ways of sampling that this machine offers: each row runs its prefix; one run for each boundary; one run for all.
 SCHEMES = ("naive", "prefix", "fork")
-#: Tokens by which the buffers of a fork grow.
-_BLOCK = 16
 #: Ended rows are dropped, which copies the cache, when fewer than this share of a batch goes on.
 _SPARSE = 0.7
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How completions are drawn.
-
-    Args:
-        temperature: Divides the logits, before `top_p`; 0 is greedy.
-        top_p: Mass of the most likely tokens that are kept.
-        budget: Most tokens of trace and completion together, so that a long prefix gives no longer text.
-        seed: Seed of all draws.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    budget: int = 64
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_sampling(self.temperature, 0, self.top_p)
-        if self.budget < 1:
-            raise ValueError(f"budget: {self.budget} is not accepted; accepted: 1 token or more")
 
 
 @dataclass
@@ -132,88 +110,32 @@ class Meter:
     forwards: int = 0
 
 
-def row_keys(seed: int, key: str, boundary: int, rows: Sequence[int]) -> NDArray[np.uint64]:
-    """Return a 64-bit key for each completion, `[N]`."""
-    name = np.uint64(zlib.crc32(key.encode()) | (zlib.adler32(key.encode()) << 32))
-    with np.errstate(over="ignore"):
-        out = _mix(np.asarray(rows, dtype=np.uint64) + _mix(np.uint64(boundary) + _mix(name + _mix(np.uint64(seed)))))
-    return out
+@dataclass
+class _Batch:
+    """Rows that are decoded together.
 
-
-def uniforms(keys: NDArray[np.uint64], step: int) -> NDArray[np.float64]:
-    """Return the uniform number of token `step` of each completion, in `[0, 1)`, `[N]`."""
-    with np.errstate(over="ignore"):
-        bits = _mix(keys + np.uint64(step) * np.uint64(0xD1342543DE82EF95))
-    return (bits >> np.uint64(11)).astype(np.float64) / 2.0**53
-
-
-def _mix(x: Any) -> Any:
-    """The finaliser of splitmix64."""
-    with np.errstate(over="ignore"):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-
-def pick(logits: Tensor, uniform: NDArray[np.float64], policy: Policy) -> Tensor:
-    """Draw a token of each row by inverting its distribution: temperature first, then `top_p`.
-
-    Args:
-        logits: `[N, V]`.
-        uniform: In `[0, 1)`, `[N]`.
-        policy: Temperature and `top_p`.
-
-    Returns:
-        int64 `[N]`.
-    """
-    if policy.temperature == 0:
-        return logits.argmax(dim=-1)
-    kept = filter_logits(logits.float() / policy.temperature, 0, policy.top_p)
-    cumulative = kept.softmax(dim=-1).double().cumsum(dim=-1)
-    wanted = torch.from_numpy(uniform).to(logits.device)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, wanted, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-
-
-class ForkedLayer(DynamicLayer):
-    """Keys and values of forked rows, in a buffer of their own that grows by blocks; the parent is only read.
-
-    Args:
-        keys: `[N, H, L, D]`; copied.
-        values: `[N, H, L, D]`; copied.
+    Attributes:
+        logits: For the first token, `[N, V]`.
+        keys: Names of their random numbers, `[N]`.
+        lengths: Tokens of prompt and prefix, `[N]`.
+        room: Most tokens of each, `[N]`.
+        prefixes: What they share; None where each has a copy.
+        mask: Of the copies, `[N, L + step]`; None where all are equally long.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self.length = keys.shape[-2]
-        self._buffers = [self._grown(keys), self._grown(values)]
-        self._look()
-
-    def _grown(self, full: Tensor) -> Tensor:
-        n, heads, length, size = full.shape
-        out = full.new_empty(n, heads, length + _BLOCK, size)
-        out[:, :, :length] = full
-        return out
-
-    def _look(self) -> None:
-        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self._buffers)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append the newest token."""
-        end = self.length + key_states.shape[-2]
-        for index, new in enumerate((key_states, value_states)):
-            if end > self._buffers[index].shape[-2]:
-                self._buffers[index] = self._grown(self._buffers[index])
-            self._buffers[index][:, :, self.length : end] = new
-        self.length = end
-        self._look()
-        return self.keys, self.values  # type: ignore[return-value]
+    logits: Tensor
+    keys: NDArray[np.uint64]
+    lengths: Tensor
+    room: NDArray[np.int64]
+    prefixes: SharedPrefixes | None = None
+    mask: Tensor | None = None
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all other rows."""
-        self._buffers = [buffer.index_select(0, rows) for buffer in self._buffers]
-        self._look()
+        """Drop all other rows of what goes through the model."""
+        self.lengths = self.lengths[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
+        if self.prefixes is not None:
+            self.prefixes.keep(rows)
 
 
 class LocalEngine:
@@ -247,6 +169,8 @@ class LocalEngine:
         self.model, self.policy, self.scheme, self.max_rows = model, policy, scheme, max_rows
         self.eos_ids = sorted(set(eos_ids))
         self.meter = Meter()
+        #: Whether rows read their prefix from one place; else each has a copy.
+        self.shares = can_share(model)
         self.cost: Cost | None = cost_of(model) if hasattr(model, "get_output_embeddings") else None
 
     @property
@@ -311,49 +235,43 @@ class LocalEngine:
     def _rows(
         self, jobs: Sequence[Job], part: Sequence[tuple[int, int]], most: int, stop: Sequence[int]
     ) -> list[list[int]]:
-        """Decode one batch of rows (number of the job, place in it)."""
-        numbers = [i for i, _ in part]
-        used = sorted(set(numbers), key=numbers.index)
-        starts = {i: self._start(jobs[i], numbers.count(i)) for i in used}
-        longest = max(length for length, _, _ in starts.values())
-        forks = [
-            ForkedLayer(
-                *(torch.cat([_fork(starts[i], n, kind, numbers.count(i), longest) for i in used]) for kind in (0, 1))
-            )
-            for n in range(len(starts[used[0]][1]))
-        ]
-        # rows of a job lie together in `part`
-        logits = torch.cat([starts[i][2].expand(numbers.count(i), -1) for i in used])
-        keys = np.concatenate(
-            [
-                row_keys(
-                    self.policy.seed, jobs[i].opened.key, jobs[i].boundary, [jobs[i].rows[b] for a, b in part if a == i]
-                )
-                for i in used
-            ]
+        """Decode one batch of rows (number of the job, place in it); rows of a job lie together."""
+        counts = Counter(i for i, _ in part)
+        starts = [self._start(jobs[i], count) for i, count in counts.items()]
+        sizes = [*counts.values()]
+        prefixes = [length for length, _, _ in starts]
+        keys = []
+        for i in counts:
+            job = jobs[i]
+            rows = [job.rows[place] for n, place in part if n == i]
+            keys.append(row_keys(self.policy.seed, job.opened.key, job.boundary, rows))
+        room = np.array([self.policy.budget - jobs[i].cut for i, _ in part])
+        batch = _Batch(
+            logits=torch.cat([logits.expand(n, -1) for (_, _, logits), n in zip(starts, sizes, strict=True)]),
+            keys=np.concatenate(keys),
+            lengths=torch.tensor(prefixes).repeat_interleave(torch.tensor(sizes)).to(self.device),
+            room=room.clip(max=most) if most else room,
         )
-        lengths = torch.tensor([starts[i][0] for i in numbers], device=self.device)
-        room = np.array([self.policy.budget - jobs[i].cut for i in numbers])
-        room = room if not most else room.clip(max=most)
+        parents = [layers for _, layers, _ in starts]
+        sharing: AbstractContextManager[None] = nullcontext()
+        if self.shares and self.scheme != "naive":
+            batch.prefixes = SharedPrefixes(parents, prefixes, sizes)
+            forks, sharing = batch.prefixes.own(), shared_attention(self.model)
+        else:
+            forks = copied_layers(parents, prefixes, sizes)
+            if min(prefixes) < max(prefixes):
+                places = torch.arange(max(prefixes), device=self.device)
+                batch.mask = (places >= max(prefixes) - batch.lengths[:, None]).long()
         ends = np.array(sorted({*self.eos_ids, *stop}))
-        return self._decode(Cache(layers=forks), logits, keys, lengths, room, longest, ends)  # type: ignore[arg-type]
+        with sharing:
+            return self._decode(Cache(layers=forks), batch, ends)  # type: ignore[arg-type]
 
-    def _decode(
-        self,
-        cache: Cache,
-        logits: Tensor,
-        keys: NDArray[np.uint64],
-        lengths: Tensor,
-        room: NDArray[np.int64],
-        longest: int,
-        ends: NDArray[np.int64],
-    ) -> list[list[int]]:
+    def _decode(self, cache: Cache, batch: _Batch, ends: NDArray[np.int64]) -> list[list[int]]:
+        """Draw tokens of all rows until each has ended or has no room."""
+        keys, room, logits = batch.keys, batch.room, batch.logits
         out: list[list[int]] = [[] for _ in keys]
         held = np.arange(len(keys))  # rows in the batch, ended ones among them
         going = np.ones(len(keys), dtype=bool)
-        mask: Tensor | None = None
-        if int(lengths.min()) < longest:
-            mask = (torch.arange(longest, device=self.device) >= longest - lengths[:, None]).long()
         step = 0
         while True:
             tokens = pick(logits, uniforms(keys[held], step), self.policy)
@@ -366,62 +284,37 @@ class LocalEngine:
                 return out
             if going.mean() < _SPARSE:
                 rows = torch.from_numpy(np.flatnonzero(going)).to(self.device)
-                held, tokens, lengths = held[going], tokens[rows], lengths[rows]
-                going = going[going]
-                mask = mask[rows] if mask is not None else None
+                held, tokens, going = held[going], tokens[rows], going[going]
+                batch.keep(rows)
                 for layer in cache.layers:
                     layer.keep(rows)  # type: ignore[union-attr, operator]
-            if mask is not None:
-                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            if batch.mask is not None:
+                batch.mask = torch.cat([batch.mask, torch.ones_like(batch.mask[:, :1])], dim=1)
             output = self.model(
                 input_ids=tokens[:, None],
-                attention_mask=mask,
-                position_ids=(lengths + step - 1)[:, None],
+                attention_mask=batch.mask,
+                position_ids=(batch.lengths + step - 1)[:, None],
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **({} if batch.prefixes is None else {"prefixes": batch.prefixes}),
             )
             logits = output.logits[:, -1]
             self.meter.forwards += 1
             if self.cost is not None:
-                given = lengths.cpu().numpy()[going]
+                given = batch.lengths.cpu().numpy()[going]
                 for length, count in zip(*np.unique(given, return_counts=True), strict=True):
                     at = int(length) + step - 1
                     self.meter.flops += int(count) * (self.cost.span(at, at + 1) + self.cost.head)
 
-    def _start(self, job: Job, rows: int) -> tuple[int, list[tuple[Tensor, Tensor]], Tensor]:
-        """Length of the prefix, its keys and values, and the logits after it."""
+    def _start(self, job: Job, rows: int) -> tuple[int, Layers, Tensor]:
+        """Length of the prefix, its keys and values, and the logits after it, `[1, V]`, or of each row (`naive`)."""
         opened, length = job.opened, len(job.opened.prompt) + job.cut
         if self.scheme == "fork":
-            return length, opened.layers, opened.logits[length]
+            return length, opened.layers, opened.logits[length][None]
         ids = torch.tensor([opened.prompt + opened.trace[: job.cut]], device=self.device)
         copies = rows if self.scheme == "naive" else 1
         output = self.model(input_ids=ids.expand(copies, -1), use_cache=True, logits_to_keep=1)
         self._count(0, length, rows=copies)
         self.meter.prefilled += copies * length
         return length, read_layers(output.past_key_values), output.logits[:, -1]
-
-
-def read_layers(cache: Any) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each layer of a cache.
-
-    Raises:
-        ValueError: If a layer is not one that keeps all keys and values.
-    """
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        kinds = ", ".join(sorted({type(layer).__name__ for layer in cache.layers} - {"DynamicLayer"}))
-        raise ValueError(
-            f"engine: a model with layers {kinds} is not accepted; accepted: full attention in every layer"
-        )
-    return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def _fork(
-    start: tuple[int, list[tuple[Tensor, Tensor]], Tensor], layer: int, kind: int, rows: int, longest: int
-) -> Tensor:
-    """Keys or values of a prefix for `rows` rows, filled on the left, `[rows, H, longest, D]`; a view of the parent."""
-    length, layers, _ = start
-    parent = layers[layer][kind][:, :, :length]
-    if length < longest:
-        parent = torch.nn.functional.pad(parent, (0, 0, longest - length, 0))
-    return parent.expand(rows, -1, -1, -1)

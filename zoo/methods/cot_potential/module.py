@@ -15,12 +15,13 @@ from torchmetrics import MeanMetric
 from zoo.card import Card
 from zoo.errors import UsageError, did_you_mean
 from zoo.methods.cot_potential.curves import Chunker, make_trace
-from zoo.methods.cot_potential.engine import SCHEMES, LocalEngine, Policy
+from zoo.methods.cot_potential.engine import SCHEMES, LocalEngine
 from zoo.methods.cot_potential.losses import Thresholds, trace_loss
 from zoo.methods.cot_potential.metrics import all_metrics
 from zoo.methods.cot_potential.networks import load_provider
 from zoo.methods.cot_potential.optimise import chunk_stop
 from zoo.methods.cot_potential.store import SampleStore, fingerprint
+from zoo.methods.cot_potential.streams import Policy
 from zoo.methods.cot_potential.studies import (
     STUDIES,
     Bench,
@@ -97,9 +98,6 @@ class CoTPotential(LightningModule):
         batch="datamodules.reasoning_chain.ReasoningBatch",
         kind="language, analysis",
         links={"vocab_size": "vocab_size", "eos_id": "eos_id"},
-        skip_checks={
-            "warnings": "Lightning remarks that the module says how problems are moved to a device, not the datamodule"
-        },
     )
 
     def __init__(
@@ -194,10 +192,6 @@ class CoTPotential(LightningModule):
         self._trace_step("val", self.val_metrics, batch)
 
     # analysis
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Problems are objects that stay as they are; Lightning would take them apart."""
-        return batch if "problems" in batch else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def bench(self, name: str = "model") -> Bench:
         """The engine with what goes with it, of the `model` or of the `provider`."""

@@ -16,7 +16,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from zoo.errors import RunError, UsageError
-from zoo.methods.cot_potential.engine import Job, Meter, Opened, Policy, Sink, row_keys
+from zoo.methods.cot_potential.engine import Job, Meter, Opened, Sink
+from zoo.methods.cot_potential.streams import Policy, row_keys
 
 #: Written after a completion that the model has ended, so that one that ran out of its budget can be told from it.
 END = "\x03"
