@@ -48,8 +48,9 @@ def make_task(task: str, image_size: int, size: int | None = None) -> Task:
     Args:
         task: One of `TASKS`.
         image_size: Height and width in pixels.
-        size: Cells along a side (`rect_maze`), number of rings (`circ_maze`), or fixed places on the circle (`cycles`;
-            None for as many places as nodes, turned at random).
+        size: Cells along a side (`rect_maze`), number of rings (`circ_maze`), fixed places on the circle (`cycles`;
+            None for as many places as nodes, turned at random), or solver steps for a string as long as the picture
+            is wide (`strings`; None for 5).
 
     Raises:
         ValueError: If the name is unknown or the sizes do not fit.
@@ -64,9 +65,7 @@ def make_task(task: str, image_size: int, size: int | None = None) -> Task:
         raise ValueError(f"task={task!r}: expected one of {', '.join(TASKS)}")
     if task == "cycles":
         return Cycles(image_size, size)
-    if size is not None:
-        raise ValueError(f"size={size}: {task} has no size, the number of anchors is its difficulty")
-    return Strings(image_size)
+    return Strings(image_size) if size is None else Strings(image_size, size)
 
 
 class ScratchpadBatches(Batches):
@@ -122,8 +121,9 @@ class VisualScratchpadTasks(ZooDataModule):
 
     Args:
         task: `rect_maze`, `circ_maze`, `cycles` or `strings`.
-        size: Cells along a side (`rect_maze`), number of rings (`circ_maze`), or fixed places on the circle (`cycles`;
-            None for as many places as nodes, turned at random); None for `strings`.
+        size: Cells along a side (`rect_maze`), number of rings (`circ_maze`), fixed places on the circle (`cycles`;
+            None for as many places as nodes, turned at random), or solver steps for a string as long as the picture
+            is wide (`strings`; None for 5).
         image_size: Height and width in pixels.
         train_difficulty: Least and largest path length (mazes) or number of nodes (cycles, strings), both included.
         ood_difficulty: The same for the problems out of distribution, all harder than in training; None for none.

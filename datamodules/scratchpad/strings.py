@@ -17,10 +17,11 @@ class Strings(Loops):
 
     Consecutive anchors are joined by cubic Bezier pieces with Catmull-Rom tangents (tension 0.5). Anchors are uniform
     in the picture, at least `0.1 * image_size` apart; a blue dot marks the topmost one. Each solver step makes the next
-    `0.2 * image_size` pixels of the string blue, in both directions.
+    `image_size / steps_across` pixels of the string blue, in both directions.
 
     Args:
         image_size: Height and width in pixels.
+        steps_across: Solver steps for a string as long as the picture is wide; more make each step more local.
 
     Departures:
         The paper's text is not available here. Blue advances by arc length and not by anchors, since anchors cannot be
@@ -30,6 +31,14 @@ class Strings(Loops):
     name: ClassVar[str] = "strings"
     least_nodes: ClassVar[int] = 8  # with three anchors the tangents would show that the loop is short
 
+    def __init__(self, image_size: int, steps_across: int = 5) -> None:
+        super().__init__(image_size)
+        if steps_across < 1 or image_size < 3 * steps_across:
+            raise ValueError(
+                f"size={steps_across} steps across {image_size} pixels: expected at least 1, of at least 3 pixels each"
+            )
+        self.steps_across = steps_across
+
     def check(self, low: int, high: int) -> None:
         """Require room for the anchors and at least 32 pixels."""
         super().check(low, high)
@@ -38,11 +47,16 @@ class Strings(Loops):
                 f"image_size={self.image_size} with up to {high} anchors: expected at least 32 pixels and at most "
                 "28 anchors"
             )
+        if self.longest(high) >= INK:
+            raise ValueError(
+                f"size={self.steps_across} steps across the picture and {high} anchors: up to {self.longest(high)} "
+                f"frames, expected fewer than {INK}"
+            )
 
     def longest(self, high: int) -> int:
         """Half the bound of the string's length: a piece is no longer than its control polygon."""
         diagonal = 0.76 * np.sqrt(2)
-        return int(np.ceil(high * (diagonal + diagonal * 2 / 3) / 2 / 0.2))
+        return int(np.ceil(high * (diagonal + diagonal * 2 / 3) / 2 * self.steps_across))
 
     def place(self, nodes: NDArray, high: int, rng: np.random.Generator) -> Problems:
         """Throw anchors one after the other into the free room, as fractions of the image; the top one is node 0."""
@@ -99,7 +113,7 @@ class Strings(Loops):
 
         A rest of less than three pixels belongs to the step before it, where it could be hidden by a crossing.
         """
-        unit = 0.2 * self.image_size
+        unit = self.image_size / self.steps_across
         farthest = np.where(np.isfinite(distance), distance, 0).max(axis=(1, 2), keepdims=True)
         steps = np.minimum(np.ceil(distance / unit), np.ceil((farthest - 3) / unit))
         return np.where(np.isfinite(distance), steps, NEVER).astype(np.uint8)

@@ -128,7 +128,7 @@ def test_splits_are_different_problems() -> None:
         ({"task": "labyrinth"}, "expected one of rect_maze, circ_maze, cycles, strings"),
         ({"size": None}, "needs a size"),
         ({"task": "cycles", "image_size": 64, "train_difficulty": [6, 8]}, "at least 6"),
-        ({"task": "strings", "image_size": 64, "train_difficulty": [8, 10], "ood_difficulty": None}, "has no size"),
+        ({"task": "strings", "size": 8, "train_difficulty": [8, 10], "ood_difficulty": None}, "of at least 3 pixels"),
         ({"task": "cycles", "size": None, "image_size": 64, "train_difficulty": [7, 8]}, "must be even"),
         ({"image_size": 18}, "multiple of 4"),
         ({"train_size": 15}, "even number"),
@@ -141,6 +141,9 @@ def test_bad_arguments_are_refused(changes: dict[str, Any], message: str) -> Non
         small(**changes)
 
 
-def test_a_task_without_cells_takes_no_size() -> None:
-    with pytest.raises(ValueError, match="has no size"):
-        make_task("strings", 64, 3)
+def test_the_size_of_strings_is_their_steps() -> None:
+    fine, coarse = make_task("strings", 64, 10), make_task("strings", 64)
+    problems = [task.draw(40, 8, 8, np.random.default_rng(0))["steps"] for task in (fine, coarse)]
+    assert (abs(problems[0] - 2 * problems[1]) <= 2).all()
+    with pytest.raises(ValueError, match="expected fewer than 254"):
+        make_task("strings", 64, 12).check(8, 28)

@@ -44,6 +44,7 @@ CASES = {
     "cycles": (Cycles(64), 6, 12),
     "cycles at fixed places": (Cycles(48, 12), 6, 10),
     "strings": (Strings(48), 8, 10),
+    "strings by short steps": (Strings(48, 10), 8, 10),
 }
 
 
