@@ -26,6 +26,10 @@ class Plain(Toy):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         pass
 
+    def on_fit_end(self) -> None:
+        if self.trainer.is_global_zero:
+            torch.save(self.state_dict(), Path(self.trainer.default_root_dir) / "export.pt")
+
 
 def test_two_sharded_ranks_equal_ddp(tmp_path: Path) -> None:
     states = []
@@ -39,9 +43,21 @@ def test_two_sharded_ranks_equal_ddp(tmp_path: Path) -> None:
         found = newest_checkpoint(folder)
         assert found is not None
         states.append(torch.load(found, weights_only=True)["state_dict"])
+        exported = torch.load(folder / "export.pt", weights_only=True)
+        torch.testing.assert_close(exported, states[-1], rtol=0, atol=0)
     torch.testing.assert_close(states[0], states[1])
 
 
 def test_blocks_are_the_large_members_inner_first() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(9, 9), nn.ReLU()))
     assert blocks(net, 50) == [net[1][0], net[1]]  # type: ignore[index]
+
+
+def test_a_holder_of_parts_is_no_block() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.Sequential(nn.Linear(9, 9))
+
+    layers = nn.ModuleList([Holder()])
+    assert blocks(layers, 50) == [layers[0].parts[0]]  # type: ignore[index,union-attr]

@@ -33,6 +33,7 @@ CHECKS: tuple[Check, ...] = (
     checkpoint.resume_workers,
     checkpoint.resume_ranks,
     ranks.ranks_evaluation,
+    ranks.sharded,
     training.workers,
     training.compiles,
 )

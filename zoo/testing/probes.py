@@ -50,7 +50,7 @@ class Recorder(Callback):
         found = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
         self.touched |= {name for name, grad in found.items() if name not in self.touched and bool(grad.any())}
         if not self.positions and not self.gradients:
-            self.gradients = {name: grad.detach().clone() for name, grad in found.items()}
+            self.gradients = {name: whole(grad) for name, grad in found.items()}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._keep_first_update(pl_module)
@@ -71,7 +71,12 @@ class Recorder(Callback):
 
     def _keep_first_update(self, pl_module: LightningModule) -> None:
         if self.positions and not self.first_update:
-            self.first_update = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
+            self.first_update = {name: whole(value) for name, value in pl_module.state_dict().items()}
+
+
+def whole(value: Tensor) -> Tensor:
+    """A copy of a tensor; one that is divided over processes is put together, in all of them."""
+    return value.full_tensor().detach() if hasattr(value, "full_tensor") else value.detach().clone()
 
 
 class FixedBatch(Callback):

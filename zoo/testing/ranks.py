@@ -16,6 +16,10 @@ LOSS_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-3
 #: Of the largest number in a tensor; optimisers such as Adam turn rounding noise of tiny gradients into full steps.
 STATE_TOLERANCE = 1e-3
+#: On top of `hardware/ddp_cpu`; blocks of a smoke config are small.
+SHARDED = {
+    "trainer.strategy": {"class_path": "zoo.nn.fsdp2.FullyShardedStrategy", "init_args": {"min_parameters": 100}},
+}
 
 
 @check(
@@ -24,10 +28,25 @@ STATE_TOLERANCE = 1e-3
 )
 def ranks(subject: Subject) -> Verdict:
     """Three steps with gloo; dropout is off, batch norm is over the global batch."""
+    return two_as_one(subject, {})
+
+
+@check("sharded", "Two processes with sharded parameters (FSDP2) do what one does, within float tolerance.", full=True)
+def sharded(subject: Subject) -> Verdict:
+    """The same with every block sharded; gradients and states are assembled from both parts."""
+    return two_as_one(subject, SHARDED)
+
+
+def two_as_one(subject: Subject, overrides: dict[str, Any]) -> Verdict:
+    """Train a few steps in one process, and in two under `overrides`.
+
+    Raises:
+        Violation: If losses, gradients or states differ.
+    """
     folder = subject.new_folder("ranks-seen")
     folder.mkdir()
     one = subject.fit("one", SHORT, [probe(NoDropout), probe(Recorder)]).callback(Recorder)
-    call = subject.words(SHORT, [probe(NoDropout), probe(Recorder, folder=str(folder))])
+    call = subject.words({**SHORT, **overrides}, [probe(NoDropout), probe(Recorder, folder=str(folder))])
     codes, output = subject.two_ranks(call, {"run_dir": subject.new_folder("two")})
     if codes != [0, 0]:
         raise Violation(f"two processes ended with {codes}: {output.strip()[-600:]}")

@@ -70,7 +70,7 @@ class Daino(ClusteringModule):
             "until they spread over the classes",
             "accumulation": "batch norm and the centre take the whole batch, which halves are not",
         },
-        check_options={"ranks": {"model.mix_labelled": False}},
+        check_options={"ranks": {"model.mix_labelled": False}, "sharded": {"model.mix_labelled": False}},
         search={
             "lr": {"min": 0.02, "max": 0.5, "log": True},
             "tau": {"min": 0.05, "max": 0.3, "log": True},

@@ -85,7 +85,10 @@ class Suave(ClusteringModule):
         batch="datamodules.images.SemiSupervisedBatch",
         kind="vision, semi-supervised",
         links={"num_classes": "num_classes", "in_channels": "in_channels"},
-        check_options={"ranks": {"model.mix_labelled": False, "model.mix_unlabelled": False}},
+        check_options={
+            "ranks": {"model.mix_labelled": False, "model.mix_unlabelled": False},
+            "sharded": {"model.mix_labelled": False, "model.mix_unlabelled": False},
+        },
         skip_checks={"accumulation": "assignments are balanced over the whole batch, which halves are not"},
         search={
             "lr": {"min": 0.02, "max": 0.5, "log": True},
