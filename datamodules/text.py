@@ -3,6 +3,9 @@
 A corpus is a list of named documents. Which one is meant is a word: `python` (topics of the language reference and
 docstrings of the standard library), `packages` (docstrings of installed packages), `hf:NAME` (a data set of the hub) or
 a path. Documents, never parts of one, are divided into training, validation and test.
+
+Longer than other files: corpora, tokenizers and blocks stand together because what is kept in the cache is keyed by all
+three, and a change of one must be seen by the others.
 """
 
 from __future__ import annotations

@@ -105,3 +105,14 @@ def test_public_functions_of_the_equations_say_where_they_come_from(repository: 
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"
+
+
+def test_a_long_file_says_why(repository: Path) -> None:
+    files = [repository / name for name in tracked("*.py")]
+    long = [path for path in files if len(path.read_text(encoding="utf-8").splitlines()) > 400]
+    silent = [
+        str(path.relative_to(repository))
+        for path in long
+        if "Longer than other files" not in (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
+    ]
+    assert not silent, f"over 400 lines without a reason in the docstring: {silent}"

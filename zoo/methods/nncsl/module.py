@@ -1,4 +1,9 @@
-"""NNCSL (arXiv 2212.05102) and what it is compared with, as one LightningModule."""
+"""NNCSL (arXiv 2212.05102) and what it is compared with, as one LightningModule.
+
+Longer than other files: the options of ten arms and their explanation are a quarter of it, and what the arms share (the
+clock of tasks, the buffer, the teacher) is state that Lightning saves with the one module. Equations, networks, memory
+and metrics are beside it.
+"""
 
 from __future__ import annotations
 
