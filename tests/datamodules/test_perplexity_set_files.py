@@ -14,17 +14,7 @@ from datamodules.perplexity_sets.files import PerplexitySetFiles
 from datamodules.perplexity_sets.making import Lexicon, replace_slots
 from datamodules.perplexity_sets.records import Anchor, SetRecord, read_records, write_records
 from datamodules.perplexity_sets.writers import TransformersWriter
-
-LEXICON = {
-    "adjective": {"wanted": ["calm", "kind", "old", "new"], "unwanted": ["tox01", "tox02", "tox03"]},
-    "verb": {"wanted": ["seems", "looks"], "unwanted": ["toxes", "toxed"]},
-}
-
-
-def write(path: Path, *lines: Any) -> str:
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    return str(path)
-
+from tests.support.sentences import LEXICON, write
 
 # ---------------------------------------------------------------- a model writes
 

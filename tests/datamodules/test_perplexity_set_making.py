@@ -22,19 +22,11 @@ from datamodules.perplexity_sets.records import (
     write_records,
 )
 from datamodules.perplexity_sets.writers import EndpointWriter
-from tests.endpoint import Endpoint, chat, serving
+from tests.support.endpoint import Endpoint, chat, serving
+from tests.support.sentences import LEXICON, write
 
 RECORD: dict[str, Any] = {"input": "the soup is calm", "id": "food-1", "group": "food"}
 RECORD |= {"paraphrases": ["the soup is kind"], "paraphrases_toxic": ["the soup is tox01"]}
-LEXICON = {
-    "adjective": {"wanted": ["calm", "kind", "old", "new"], "unwanted": ["tox01", "tox02", "tox03"]},
-    "verb": {"wanted": ["seems", "looks"], "unwanted": ["toxes", "toxed"]},
-}
-
-
-def write(path: Path, *lines: Any) -> str:
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    return str(path)
 
 
 # ---------------------------------------------------------------- records

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+import zoo
+from datamodules.text import BPETokenizer
 from zoo.main import main
 from zoo.methods.dynamoe import export
 from zoo.methods.dynamoe.module import DynaMoE
@@ -24,6 +26,16 @@ PROSE = "The quick brown fox number {} jumps over the lazy dog and goes home, as
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **SMALL, "intermediate_size": 24, "num_key_value_heads": 2, "vocab_size": 257},
+    "mistral": {"model_type": "mistral", **SMALL, "intermediate_size": 24, "num_key_value_heads": 1, "vocab_size": 257},
+    "qwen2": {"model_type": "qwen2", **SMALL, "intermediate_size": 24, "num_key_value_heads": 2, "vocab_size": 257},
+    "qwen3": {
+        "model_type": "qwen3",
+        **SMALL,
+        "intermediate_size": 24,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 257,
+    },
     "gpt2": {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 257},
 }
 
@@ -124,14 +136,17 @@ def texts(tmp_path: Path) -> Path:
     return tmp_path / "texts"
 
 
-def test_moefy_a_dense_model(tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_moefy_a_dense_model(name: str, tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
-    dense = build_lm(MODELS["llama"])
+    dense = build_lm(MODELS[name])
     dense.save_pretrained(tmp_path / "dense")
     argv = ["moefy", str(tmp_path / "dense"), str(tmp_path / "out"), "--corpus", str(texts), "--tokenizer", "bytes"]
     argv += ["--length", "32", "--router-steps", "30", "--activity", "0.6", "--router-units", "8"]
     assert main(argv) == 0
-    assert "written" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "written" in printed
+    assert "no tokenizer is written: bytes are no tokenizer of transformers" in printed
     loaded = export.load(tmp_path / "out")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():  # sorted neurons, the same function
@@ -141,6 +156,42 @@ def test_moefy_a_dense_model(tmp_path: Path, texts: Path, capsys: pytest.Capture
     assert 0 < theta < 1
     assert main(argv) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_the_models_own_tokenizer_goes_with_it(tmp_path: Path, texts: Path) -> None:
+    inner = BPETokenizer.train([PROSE] * 3, 257).inner
+    build_lm(MODELS["llama"]).save_pretrained(tmp_path / "dense")
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>").save_pretrained(tmp_path / "dense")
+    argv = ["moefy", str(tmp_path / "dense"), str(tmp_path / "out"), "--corpus", str(texts), "--length", "16"]
+    assert main([*argv, "--router-steps", "2", "--router-units", "4"]) == 0
+    given = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    assert given(PROSE)["input_ids"] == inner.encode(PROSE).ids
+    assert given.eos_token == "<|endoftext|>"
+
+
+def test_the_tokenizer_of_a_run_goes_with_its_model(
+    tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"corpus": str(texts), "tokenizer": "bpe", "vocab_size": 280, "val_fraction": 0.2, "test_fraction": 0.2}
+    smoke = {f"data.init_args.{key}": value for key, value in data.items()}
+    short: dict[str, Any] = {"trainer.max_steps": 2, "trainer.limit_val_batches": 1, "data.class_path": "token_classes"}
+    run = tmp_path / "run"
+    zoo.run("fit", config="dynamoe/smoke", overrides={**short, **smoke}, run_dir=run, wandb="disabled")
+    assert main(["moefy", str(run), str(tmp_path / "out"), "--activity", "0.7"]) == 0
+    assert "no tokenizer" not in capsys.readouterr().out
+    given = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    assert len(given) == 280
+    assert given.decode(given(PROSE)["input_ids"]) == PROSE
+    model = export.load(tmp_path / "out")
+    ids = given(PROSE, return_tensors="pt")["input_ids"][:, :8]
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 11)
+    # the tokenizer was trained on the corpus: another corpus, another tokenizer
+    (texts / "0.txt").write_text("\n\n".join(PROSE.format(i).replace("fox", "otter") for i in range(30)))
+    assert main(["moefy", str(run), str(tmp_path / "later"), "--theta", "0.7"]) == 0
+    assert "no tokenizer is written: the corpus of the run has changed" in capsys.readouterr().out
+    named = ["--tokenizer", str(tmp_path / "out")]
+    assert main(["moefy", str(run), str(tmp_path / "named"), "--theta", "0.7", *named]) == 0
+    assert (tmp_path / "named" / "tokenizer.json").is_file()
 
 
 def test_moefy_a_checkpoint_of_a_run(tmp_path: Path) -> None:

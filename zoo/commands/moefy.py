@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,8 @@ DESCRIPTION = """\
 SOURCE is a run directory or checkpoint of the method dynamoe: its model is written as it is. Or it is a model of
 transformers, a folder or a name on the hub: its neurons are sorted by importance and routers are trained for a moment;
 its other weights stay as they are. OUT is a model directory of transformers: any program loads the dense model, and
-zoo.methods.dynamoe.export.load the one that chooses widths.
+zoo.methods.dynamoe.export.load the one that chooses widths. The tokenizer is written beside it: the model's, the one
+that the run's data had, or --tokenizer.
 """
 
 
@@ -29,7 +32,7 @@ def main(argv: list[str]) -> int:
     width.add_argument("--theta", type=float, help="threshold that is stored (default: that of the run, or 0.75)")
     width.add_argument("--activity", type=float, help="choose the threshold that has this activity on the corpus")
     parser.add_argument("--corpus", default="python", help="text, as in the data `text` (default: python)")
-    parser.add_argument("--tokenizer", help="of the text (default: the model's own)")
+    parser.add_argument("--tokenizer", help="of the text, as in the data `text` (default: the model's or run's own)")
     new = parser.add_argument_group("of a model that has no routers yet")
     new.add_argument("--experts", type=int, default=4, help="nested experts of each MLP (default: 4)")
     new.add_argument("--similarity", default="inner", help="inner, cosine or relerr (default: inner)")
@@ -63,23 +66,27 @@ def moefy(args: argparse.Namespace) -> int:
     from zoo.methods.dynamoe.routes import ByRouter
 
     checkpoint = find_checkpoint(args.source)
-    method = train(args) if checkpoint is None else read(checkpoint)
+    method, config = (train(args), None) if checkpoint is None else read(checkpoint)
     model = method.lm.eval()
     hp = {name: method.hparams[name] for name in ("head", "router_units", "similarity", "theta", "tau")}
     knob = "theta" if hp["head"] == "score" else "tau"
     if args.theta is not None:
         hp[knob] = args.theta
     if args.activity is not None:
-        data = text(args, args.source if checkpoint is None else None)
+        if config is None or args.tokenizer is not None:
+            data = text(args, args.source if checkpoint is None else None)
+        else:
+            data = data_of(config)
+        data.prepare_data()
         data.setup("validate")
         batches = [data.val_dataloader().dataset[0, 0]]
         hp[knob] = calibrate(lambda value: mean_activity(model, batches, ByRouter(hp["head"], value)), args.activity)
     save(model, args.out, hp)
-    if checkpoint is None and args.tokenizer is None:
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(args.source, trust_remote_code=False).save_pretrained(args.out)
     print(f"written: {args.out}  ({knob} {hp[knob]})")
+    try:
+        save_tokenizer(args, checkpoint, config)
+    except (ValueError, FileNotFoundError) as error:  # the model is of use without it
+        print(f"  no tokenizer is written: {error}")
     print("  dense:   transformers.AutoModelForCausalLM.from_pretrained(...)")
     print("  dynamic: zoo.methods.dynamoe.export.load(...)")
     return 0
@@ -104,8 +111,61 @@ def find_checkpoint(source: str) -> Path | None:
     return found[0]
 
 
-def read(checkpoint: Path) -> DynaMoE:
-    """Build the method of a checkpoint.
+def save_tokenizer(args: argparse.Namespace, checkpoint: Path | None, config: Any) -> None:
+    """Write the tokenizer that belongs to the model, as one of `transformers`.
+
+    Args:
+        args: Of the command.
+        checkpoint: None for a model that had no routers.
+        config: Data of the run, if they are known.
+
+    Raises:
+        ValueError: If it cannot be known, or is none of `tokenizers`.
+        FileNotFoundError: If the corpus that it was trained on is not here.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    from datamodules.text import BPETokenizer, Text
+
+    named = args.tokenizer or (args.source if checkpoint is None else None)
+    if named is not None and named not in ("bytes", "bpe") and not named.endswith(".json"):
+        AutoTokenizer.from_pretrained(named, trust_remote_code=False).save_pretrained(args.out)
+        return
+    encoder: Any = BPETokenizer.load(named) if named is not None and named.endswith(".json") else None
+    if named is None:
+        assert checkpoint is not None
+        data = None if config is None else data_of(config)
+        text = getattr(data, "text", data)
+        if not isinstance(text, Text):
+            raise ValueError("the checkpoint does not say which one its data had; --tokenizer names it")
+        text.prepare_data()
+        text.setup("test")
+        trained_on, here = checkpoint.parent.parent / "corpus.json", text._cached() / "corpus.json"
+        # a tokenizer that is trained on the corpus is another one as soon as the corpus is
+        if text.tokenizer == "bpe" and trained_on.is_file() and _hash(trained_on) != _hash(here):
+            raise ValueError("the corpus of the run has changed, and its tokenizer with it; --tokenizer names it")
+        encoder = text.encoder
+    if not isinstance(encoder, BPETokenizer):
+        raise ValueError("bytes are no tokenizer of transformers")
+    eos = encoder.inner.id_to_token(encoder.eos_id)
+    PreTrainedTokenizerFast(tokenizer_object=encoder.inner, eos_token=eos).save_pretrained(args.out)
+
+
+def _hash(corpus: Path) -> str:
+    return str(json.loads(corpus.read_text("utf-8"))["hash"])
+
+
+def data_of(config: Mapping[str, Any]) -> Any:
+    """Build the data that a config names."""
+    from lightning.pytorch import LightningDataModule
+
+    from zoo.checks import import_class
+
+    return import_class(config["class_path"], "data", LightningDataModule)(**config.get("init_args", {}))
+
+
+def read(checkpoint: Path) -> tuple[DynaMoE, Any]:
+    """Build the method of a checkpoint; its data's config comes with it, or None.
 
     Raises:
         UsageError: If it is of another method, or has no routers.
@@ -120,7 +180,7 @@ def read(checkpoint: Path) -> DynaMoE:
         raise UsageError(f"moefy: {checkpoint} has no routers", "accepted: a run of dynamoe with objective dynamoe")
     method = DynaMoE(**{name: value for name, value in hp.items() if not name.startswith("_")})
     method.load_state_dict(content["state_dict"])
-    return method
+    return method, content.get("zoo", {}).get("config", {}).get("data")
 
 
 def text(args: argparse.Namespace, model: str | None) -> Any:
