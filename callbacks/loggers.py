@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from zoo.collector import paused_collector
 from zoo.runs import RUN_DIR_VARIABLE, read_json, write_atomically
 
 
@@ -25,18 +27,22 @@ def run_directory(save_dir: str | None) -> Path:
 class RunCSVLogger(Logger):
     """Writes `metrics.csv` with one row a logged step; a resumed run drops the rows after its checkpoint and goes on.
 
-    Rows are kept in memory and written every `flush_every_n_rows` rows, before each checkpoint and at the end, so that
-    the file on the disk never lags behind the newest checkpoint.
+    Rows are kept in memory and written every `flush_every_n_rows` rows or `flush_every_seconds` seconds, before each
+    checkpoint and at the end, so that the file on the disk never lags behind the newest checkpoint.
 
     Args:
         save_dir: Directory of the file; the run's directory if None.
-        flush_every_n_rows: Rows between two writes.
+        flush_every_n_rows: Rows between two writes at most.
+        flush_every_seconds: Seconds between two writes at most, where there are new rows.
     """
 
-    def __init__(self, save_dir: str | None = None, flush_every_n_rows: int = 200) -> None:
+    def __init__(
+        self, save_dir: str | None = None, flush_every_n_rows: int = 200, flush_every_seconds: float = 5.0
+    ) -> None:
         super().__init__()
         self._dir = run_directory(save_dir)
-        self._every = flush_every_n_rows
+        self._every, self._seconds = flush_every_n_rows, flush_every_seconds
+        self._flushed = 0.0
         self._rows: list[dict[str, float | int | str]] = []
         self._written = 0
         self._keys: list[str] = ["step"]
@@ -66,8 +72,6 @@ class RunCSVLogger(Logger):
         row: dict[str, float | int | str] = {"step": step, **{k: float(v) for k, v in metrics.items()}}
         self._keys += [key for key in row if key not in self._keys]
         self._rows.append(row)
-        if len(self._rows) - self._written >= self._every:
-            self.save()
 
     def _load(self) -> None:
         """Take over what an earlier part of this run, or its `fit`, has written."""
@@ -92,9 +96,17 @@ class RunCSVLogger(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write all rows; a full disk is reported and does not stop the training."""
+        """Write all rows if that is due. Lightning calls it after each logged step: the whole file would be written."""
+        due = len(self._rows) - self._written >= self._every
+        if due or time.monotonic() - self._flushed >= self._seconds:
+            self.flush()
+
+    @rank_zero_only
+    def flush(self) -> None:
+        """Write all rows now; a full disk is reported and does not stop the training."""
         if self._written == len(self._rows) or not self._loaded:
             return
+        self._flushed = time.monotonic()
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, self._keys, restval="", lineterminator="\n")
         writer.writeheader()
@@ -108,7 +120,7 @@ class RunCSVLogger(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self.save()
+        self.flush()
 
 
 class RunWandbLogger(WandbLogger):
@@ -148,8 +160,10 @@ class RunWandbLogger(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         if self._experiment is None:
-            self._start()
-        return super().experiment
+            with paused_collector():  # W&B imports a lot when it starts
+                self._start()
+                return super().experiment
+        return self._experiment
 
     @rank_zero_only
     def close(self, exit_code: int) -> None:

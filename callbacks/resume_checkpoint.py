@@ -118,7 +118,7 @@ class ResumeCheckpoint(Callback):
             OSError: If the file could not be written and `final` is set.
         """
         for logger in trainer.loggers:
-            logger.save()
+            getattr(logger, "flush", logger.save)()  # the file of the metrics must not lag behind
         path = self.directory(trainer) / f"step={trainer.global_step}.ckpt"
         connector: Any = trainer._checkpoint_connector
         self._kind, self._failure, self._tried = kind, None, trainer.global_step

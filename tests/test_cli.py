@@ -177,6 +177,55 @@ def test_checkpoint_of_another_method_is_refused(capsys: pytest.CaptureFixture[s
     assert "is of suave" in capsys.readouterr().err
 
 
+def test_a_file_that_is_no_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("notes.ckpt").write_text("{}")
+    assert main(["fit", "--config", TOY, "--ckpt_path", "notes.ckpt"]) == 2
+    assert "--ckpt_path notes.ckpt: not a checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["fit", "--resume"], ["test", "--run_dir"], ["test", "--resume"]])
+def test_a_run_of_another_method_is_refused_and_stays_as_it_is(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = fit(trainer__max_steps=1).run_dir
+    before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+    assert main([*words, str(run_dir), "--config", "suave/smoke"]) == 2
+    error = capsys.readouterr().err
+    assert "is of tests.support.toy.Toy, the config is of suave" in error
+    assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
+
+
+def test_misuse_that_the_weights_show_leaves_the_summary_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = zoo.run("fit", config="suave/smoke", overrides={"trainer.max_steps": 1}).run_dir
+    before = (run_dir / "summary.json").read_bytes()
+    assert main(["fit", "--resume", str(run_dir), "--model.embed_dim", "8"]) == 2
+    assert "does not fit this config: size mismatch" in capsys.readouterr().err
+    assert (run_dir / "summary.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_truncated_image_is_named(workers: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    for name in [f"{part}/{kind}/{i}.jpg" for part in ("train", "val") for kind in ("cat", "dog") for i in range(4)]:
+        path = Path("folders", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((16, 16), 90).convert("RGB").save(path)
+    broken = Path("folders/train/cat/2.jpg")
+    broken.write_bytes(broken.read_bytes()[:-200])
+    data = {"image_size": 8, "labels_per_class": None, "batch_size": 8, "labelled_batch_size": 8, "eval_batch_size": 8}
+    options = [f"--data.{key}={'null' if value is None else value}" for key, value in data.items()]
+    words = ["--model", "suave", "--model.backbone", "{name: small_conv, channels: [4]}", "--model.hidden_dim", "8"]
+    words += ["--model.embed_dim", "4", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2"]
+    words += ["--trainer.log_every_n_steps", "1"]
+    words += ["--data", "image_folder", "--data.root", "folders", "--data.num_workers", workers]
+    assert main(["fit", *words, *options, "--run_dir", "r"]) == 1
+    error = capsys.readouterr().err
+    assert "reading a batch failed: image folders/train/cat/2.jpg is damaged" in error
+    assert "then go on with --resume r" in error
+    assert "Traceback" not in error
+
+
 def test_damaged_checkpoint_falls_back_to_the_one_before(capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = fit(trainer__max_epochs=3).run_dir
     (run_dir / "checkpoints" / "step=15.ckpt").write_bytes(b"half a file")

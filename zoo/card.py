@@ -30,6 +30,8 @@ class Card:
         skip_checks: Conformance checks that the method cannot meet: `{check id: reason in words}`.
         check_options: Options under which a check is made that the defaults cannot meet, instead of skipping it:
             `{check id: {"model.mix": False}}`.
+        check: Function that looks into nested options before anything is built, `"package.module:function"`: it takes
+            the given options and raises `ValueError("key.in.options: value ...; accepted: ...")`.
         compiles: Whether `torch.compile` is supported.
         extra: Name of the optional-dependency group that the method needs, or `""`.
         search: Search space, for `zoo dashboard --sweep`: constructor arguments (or dotted options such as
@@ -46,6 +48,7 @@ class Card:
     links: Mapping[str, str] = field(default_factory=dict)
     skip_checks: Mapping[str, str] = field(default_factory=dict)
     check_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    check: str = ""
     compiles: bool = False
     extra: str = ""
     search: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

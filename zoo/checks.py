@@ -101,6 +101,23 @@ def check_types(key: str, cls: type, given: Mapping[str, Any], layers: Layers) -
             raise UsageError(f"{place}: {key}.{name}: expected {wanted}, got {value!r}", detail=str(error)) from error
 
 
+def check_nested(key: str, cls: type, given: Mapping[str, Any], layers: Layers) -> None:
+    """Let the function that the card of a method names look into options that are mappings themselves.
+
+    Raises:
+        UsageError: For the first mistake that it finds: place, key, value and what is accepted.
+    """
+    path = getattr(getattr(cls, "card", None), "check", "")
+    if not path:
+        return
+    module, _, name = path.partition(":")
+    try:
+        getattr(importlib.import_module(module), name)(given)
+    except ValueError as error:
+        option = str(error).partition(":")[0]
+        raise UsageError(f"{layers.place(f'{key}.{option}')}: {key}.{error}") from error
+
+
 def annotation_text(parameter: inspect.Parameter) -> str:
     """Return a type annotation as a user would write it."""
     annotation = parameter.annotation

@@ -11,6 +11,7 @@ Workarounds, each with the upstream issue and a test in `tests/test_cli.py`:
 from __future__ import annotations
 
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 import yaml
 
 from zoo import registry, runs
-from zoo.checks import check_options, import_class, parameters
+from zoo.checks import check_nested, check_options, import_class, parameters
+from zoo.collector import paused_collector
 from zoo.config import Layers, differences, load_file, load_layers, merge
 from zoo.errors import UsageError
 from zoo.options import Options
@@ -49,13 +51,13 @@ def run_command(options: Options) -> runs.RunResult:
     """
     if options.show == "help":
         return _show_help(options)
-    layers, checkpoint = compose(options)
-    classes = resolve_classes(layers)
+    with paused_collector():
+        layers, checkpoint = compose(options)
+        classes = resolve_classes(layers)
+        from zoo.job import Job
     if options.show == "config":
         print(yaml.safe_dump(replayable(layers.merged), sort_keys=False), end="")
         return runs.RunResult(Path())
-    from zoo.job import Job
-
     return Job(options, layers, classes, checkpoint).run()
 
 
@@ -75,6 +77,7 @@ def compose(options: Options) -> tuple[Layers, Path | None]:
                 "--resume and --ckpt_path exclude each other", "--resume finds the newest checkpoint of the run itself"
             )
         stored = load_file(run_dir / "config.yaml")
+        refuse_another_method(str(run_dir), stored, typed.merged, "leave out --config: the run brings its own")
         layers.add(stored, str(run_dir / "config.yaml"))
         _report("this resume differs from the run", differences(stored, typed.merged))
         checkpoint = newest_readable(run_dir)
@@ -122,6 +125,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     if not path.is_file():
         raise UsageError(f"--ckpt_path {path}: there is no such file")
+    if not zipfile.is_zipfile(path):
+        raise UsageError(
+            f"--ckpt_path {path}: not a checkpoint", "a file that torch.save has written, as fit leaves them"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
@@ -141,13 +148,21 @@ def checkpoint_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """
     content = read_checkpoint(path)
     stored = content.get("zoo", {}).get("config") or {}
-    for key in ("model", "data"):
-        ours, theirs = config.get(key, {}).get("class_path"), stored.get(key, {}).get("class_path")
-        if key == "model" and ours and theirs and ours != theirs:
-            of, given = display_name("methods", theirs), display_name("methods", ours)
-            raise UsageError(f"--ckpt_path {path} is of {of}, the config is of {given}")
+    refuse_another_method(f"--ckpt_path {path}", stored, config)
     kept = {key: stored[key] for key in ("model", "data") if key in stored}
     return migrate(kept, content)
+
+
+def refuse_another_method(what: str, stored: Mapping[str, Any], config: Mapping[str, Any], hint: str = "") -> None:
+    """See that the config names no other method than the one of a run or checkpoint.
+
+    Raises:
+        UsageError: If it does.
+    """
+    theirs, ours = (layer.get("model", {}).get("class_path") for layer in (stored, config))
+    if ours and theirs and ours != theirs:
+        of, given = display_name("methods", theirs), display_name("methods", ours)
+        raise UsageError(f"{what} is of {of}, the config is of {given}", hint)
 
 
 def migrate(stored: dict[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,6 +202,7 @@ def resolve_classes(layers: Layers) -> dict[str, type]:
     for key, cls in classes.items():
         linked = links(classes["model"]) if key == "model" else {}
         check_options(f"{key}.init_args", cls, config[key].get("init_args", {}), layers, provided=linked)
+    check_nested("model.init_args", classes["model"], config["model"].get("init_args", {}), layers)
     trainer = config["trainer"] = {**TRAINER_DEFAULTS, **(config.get("trainer") or {})}
     trainer["callbacks"] = _callbacks(trainer.get("callbacks"), config.get("checkpoint") or {})
     if trainer.get("logger") in (None, True):

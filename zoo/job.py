@@ -11,10 +11,10 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -25,9 +25,11 @@ from lightning.pytorch.loggers import WandbLogger
 from zoo import quick_log, runs
 from zoo.card import ZOO_API
 from zoo.cli import display_name, links, replayable
+from zoo.collector import paused_collector
 from zoo.config import Layers
 from zoo.errors import RunError, UsageError
 from zoo.options import Options
+from zoo.output import unstoppable_output
 
 #: Strategies of Lightning that write a checkpoint in shards, by themselves; `zoo.nn.fsdp2` assembles one file.
 SHARDED = ("'fsdp", "deepspeed", "DeepSpeed", "ModelParallel", "FSDPStrategy")
@@ -196,9 +198,11 @@ class Job:
         return runs.slug(Path(self.options.configs[0]).stem) if self.options.configs else "custom"
 
     def _run_in(self, directory: runs.RunDirectory, rank_zero: bool) -> runs.RunResult:
-        started, status, code = time.perf_counter(), "failed", 1
+        started, status, code, refused = time.perf_counter(), "failed", 1, False
+        earlier = (directory.path / "summary.json").is_file()
         try:
-            self._build()
+            with paused_collector():
+                self._build()
             if rank_zero:
                 self._announce(directory)
             self._call()
@@ -210,14 +214,20 @@ class Job:
         except SystemExit as stop:
             # Lightning turns a keyboard interrupt into an exit
             status, code = "stopped", 130 if stop.code in (1, None) else int(stop.code or 0)
-        except UsageError:
+        except UsageError as error:
+            refused = not isinstance(error, RunError)
             raise
         except Exception as error:
-            self._explain(error, directory)
+            try:
+                self._explain(error, directory)
+            except UsageError as explained:
+                refused = not isinstance(explained, RunError)
+                raise
         finally:
             seconds = time.perf_counter() - started
             if rank_zero:
-                self._summarise(directory, status, seconds)
+                if not (refused and earlier):  # misuse leaves the files of an earlier run alone
+                    self._summarise(directory, status, seconds)
                 for logger in getattr(getattr(self.cli, "trainer", None), "loggers", ()):
                     if hasattr(logger, "close"):
                         logger.close(code)
@@ -279,9 +289,11 @@ class Job:
         if isinstance(error, FileNotFoundError | ValueError):
             if _raised_in(error.__traceback__, ("prepare_data", "setup", "load_state_dict")):
                 raise UsageError(f"{self.method}: {first}", "", detail=traceback.format_exc()) from error
-            if _raised_in(error.__traceback__, ("batch",)):
+            in_worker = "in DataLoader worker process" in first  # the message holds the traceback of the worker
+            if in_worker or _raised_in(error.__traceback__, ("batch",)):
+                cause = str(error).strip().splitlines()[-1].partition(": ")[2] if in_worker else first
                 raise RunError(
-                    f"reading a batch failed: {first}",
+                    f"reading a batch failed: {cause}",
                     f"mend the data, {go_on}",
                     detail=traceback.format_exc(),
                 ) from error
@@ -324,6 +336,8 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     # batches are built from memory in the main process, or the config says how many workers it wants
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # a datamodule without validation images gives an empty list
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero.*")
 
 
 def _raised_in(trace: TracebackType | None, functions: tuple[str, ...]) -> bool:
@@ -334,48 +348,6 @@ def _raised_in(trace: TracebackType | None, functions: tuple[str, ...]) -> bool:
             return True
         trace = trace.tb_next
     return False
-
-
-class UnstoppableStream:
-    """A text stream whose failures do not matter: a log file on a full disk must not end a training.
-
-    What could not be written is written as soon as that is possible again.
-
-    Args:
-        stream: The stream behind it.
-        keep: Characters to keep at most; the newest stay.
-    """
-
-    def __init__(self, stream: TextIO, keep: int = 10_000) -> None:
-        self._stream, self._keep, self._late = stream, keep, ""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        """Write, or keep the text for later."""
-        late, self._late = self._late + text, ""
-        try:
-            self._stream.write(late)
-        except OSError:
-            self._late = late[-self._keep :]
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush if it is possible."""
-        with suppress(OSError):
-            self._stream.flush()
-
-
-@contextmanager
-def unstoppable_output() -> Iterator[None]:
-    """Let standard output and error fail silently for a while."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (UnstoppableStream(stream) for stream in before)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before
 
 
 @contextmanager

@@ -1,20 +1,29 @@
-"""A shortcut in Lightning's `self.log`: what is on the right device already is not moved there again.
+"""Two shortcuts in Lightning's `self.log`, which every logged name and step pays for.
 
-Lightning 2.6 walks through all attributes of a logged value at every call (`_ResultMetric.to`), which takes a good part
-of a millisecond for each name and step. `tests/test_quick_log.py` fails when the class is not there any more.
+* What is on the right device already is not moved there again. Lightning 2.6 walks through all attributes of a logged
+  value at every call (`_ResultMetric.to`), a good part of a millisecond.
+* The signature of `training_step` is read once. Lightning inspects it at every call, to find out whether it takes a
+  `dataloader_iter`.
+
+`tests/test_quick_log.py` fails when these places are not there any more; a release without them is left as it is.
 """
 
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from lightning.pytorch.core import module
 from lightning.pytorch.trainer.connectors.logger_connector import result
 from torch import Tensor
 
 _move: Any = result._ResultMetric.to
+_inspect: Any = getattr(module, "is_param_in_hook_signature", None)
 #: Attributes of a logged tensor that hold tensors.
 _HELD = ("value", "cumulated_batch_size", "_forward_cache", "_computed")
+#: Function -> question -> what its signature answers.
+_signatures: WeakKeyDictionary[Any, dict[Any, bool]] = WeakKeyDictionary()
 
 
 def _to(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -25,6 +34,19 @@ def _to(self: Any, *args: Any, **kwargs: Any) -> Any:
     return _move(self, *args, **kwargs)
 
 
+def _has_parameter(hook_fx: Any, param: str, explicit: bool = False, min_args: int | None = None) -> bool:
+    try:
+        answers = _signatures.setdefault(getattr(hook_fx, "__func__", hook_fx), {})
+    except TypeError:  # a callable that cannot be referenced weakly
+        return bool(_inspect(hook_fx, param, explicit, min_args))
+    question = (param, explicit, min_args)
+    if question not in answers:
+        answers[question] = _inspect(hook_fx, param, explicit, min_args)
+    return answers[question]
+
+
 def install() -> None:
-    """Take the shortcut from now on; a second call does nothing."""
+    """Take the shortcuts from now on; a second call does nothing."""
     result._ResultMetric.to = _to  # type: ignore[method-assign]
+    if _inspect is not None:
+        module.is_param_in_hook_signature = _has_parameter  # type: ignore[attr-defined]

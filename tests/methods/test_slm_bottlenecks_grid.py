@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -16,7 +17,9 @@ import pytest
 import torch
 
 from zoo.errors import UsageError
+from zoo.main import main
 from zoo.methods.slm_bottlenecks import costs, measure
+from zoo.methods.slm_bottlenecks.checks import check_options
 from zoo.methods.slm_bottlenecks.costs import GIB, Shape
 from zoo.methods.slm_bottlenecks.grid import (
     COLUMNS,
@@ -251,6 +254,33 @@ def test_bad_grids(content: Any, message: str) -> None:
         read_grid(content, "grid.yaml")
     assert message in str(caught.value)
     assert "grid.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"prices": {"cpu": "cheap"}}, "grid.prices.cpu: 'cheap' is not accepted; accepted: a number above 0"),
+        ({"prices": {"cpu": True}}, "grid.prices.cpu: True is not accepted"),
+        ({"prices": {"cpu": -1}}, "grid.prices.cpu: -1 is not accepted"),
+        ({"prices": 2.5}, "grid.prices: 2.5 is not accepted; accepted: {NAME: dollars an hour}"),
+        ({"gpu": 5}, "grid.gpu: 5 is not accepted; accepted: the name of a device"),
+        ({"sizes": [64]}, "grid.sizes: [64] is not accepted"),
+        ({"sizes": {"s": 64}}, "grid.sizes.s: 64 is not accepted"),
+        ({"sizes": {"s": {"width": "64"}}}, "grid.sizes.s.width: '64' is not accepted; accepted: a whole number"),
+    ],
+)
+def test_wrong_types_in_the_study_of_a_config(grid: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_options({"study": "attention", "grid": {**AXES, **grid}})
+    check_options({})
+    check_options({"grid": {**AXES, "prices": {"cpu": 2}, "sizes": {"s": {"width": 64}}}})
+
+
+def test_a_text_for_a_price_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["test", "--config", "slm_bottlenecks/attention", "--model.grid.prices", "{cpu: cheap}"]) == 2
+    error = capsys.readouterr().err
+    assert "--model.grid.prices: model.init_args.grid.prices.cpu: 'cheap' is not accepted; accepted: a number" in error
+    assert len(error.splitlines()) <= 5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

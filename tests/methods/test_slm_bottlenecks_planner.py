@@ -184,7 +184,7 @@ def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     [
         ({"prices": None}, "prices is missing"),
         ({"prices": {"A100-80GB": 2.0}}, "prices: there is none for 'H100-80GB'"),
-        ({"prices": {"A100-80GB": 2.0, "H100-80GB": -1}}, "price: -1.0 is not accepted"),
+        ({"prices": {"A100-80GB": 2.0, "H100-80GB": -1}}, "prices.H100-80GB: -1 is not accepted"),
         ({"prices": {"A100-80GB": "2 $", "H100-80GB": 1}}, "prices.A100-80GB: '2 $' is not accepted"),
         ({"prices": [2.0]}, "prices: [2.0] is not accepted"),
         ({"gpu": "A100-80GB"}, "'gpu' is not accepted; did you mean 'gpus'"),

@@ -159,6 +159,14 @@ def page(directory: Path) -> str:
         lines += ["## Training", "", "Fit over raw: throughput of `zoo fit` over that of a plain PyTorch loop, in"]
         lines += ["alternating blocks of one process; median, least and largest block.", ""]
         lines += [table(HEADER, [training_row(f) for f in methods]), ""]
+    for f in (f for f in files if "parts" in f):
+        parts = list(f["parts"][0]["shares"])
+        rows = [
+            [row["config"], f"{row['step_ms']:.3g}", *(f"{row['shares'][part]:.0%}" for part in parts)]
+            for row in f["parts"]
+        ]
+        lines += ["## Where a step goes", "", f"`{f['benchmark']}` on {hardware_name(f['hardware'])}.", ""]
+        lines += [table(["config", "step ms", *parts], rows), ""]
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from zoo.config import load_layers, parse_yaml, resolve_config
 from zoo.errors import UsageError, did_you_mean
+from zoo.methods.slm_bottlenecks.checks import check_grid
 from zoo.methods.slm_bottlenecks.costs import tokens_per_dollar
 from zoo.methods.slm_bottlenecks.grid import (
     COLUMNS,
@@ -94,21 +95,20 @@ def load_grid(name: str, changes: Mapping[str, Any]) -> Grid:
         if not content:
             raise UsageError(f"{path}: model.init_args.grid is missing", "the paper's points: zoo test --config "
                              "slm_bottlenecks/replay")  # fmt: skip
-    check_prices(content.get("prices"), str(path))
+    check_values(content, path)
     return read_grid(content, str(path), **changes)
 
 
-def check_prices(prices: Any, where: str) -> None:
-    """See that prices are a mapping of numbers.
+def check_values(content: Mapping[str, Any], where: Path) -> None:
+    """See that nested values have the right types.
 
     Raises:
-        UsageError: If they are not.
+        UsageError: If one has not.
     """
-    if prices is not None and not isinstance(prices, Mapping):
-        raise UsageError(f"{where}: prices: {prices!r} is not accepted", "prices: {NAME: dollars an hour}")
-    for gpu, price in (prices or {}).items():
-        if isinstance(price, bool) or not isinstance(price, int | float):
-            raise UsageError(f"{where}: prices.{gpu}: {price!r} is not accepted", "accepted: a number above 0")
+    try:
+        check_grid(content)
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}") from error
 
 
 def measure_grid(grid: Grid, out: Path) -> list[dict[str, Any]]:
@@ -177,7 +177,7 @@ def read_plan(name: str) -> dict[str, Any]:
         if not content.get(key):
             examples = {"axes": "{size: [1b], batch: [8, 16]}", "gpus": "[H100-80GB]", "prices": "{H100-80GB: 2.5}"}
             raise UsageError(f"{path}: {key} is missing", f"{key}: {examples[key]}")
-    check_prices(content["prices"], str(path))
+    check_values(content, path)
     law = content.get("law")
     if (law is None) != (content.get("target_loss") is None):
         raise UsageError(f"{path}: law and target_loss go together", "law: {floor: 1.7, scale: 1.0e+9, exponent: 0.2}")

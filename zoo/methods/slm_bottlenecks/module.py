@@ -79,6 +79,7 @@ class SLMBottlenecks(LightningModule):
         batch="datamodules.text.TextBatch",
         kind="language, training cost",
         links={"vocab_size": "vocab_size"},
+        check="zoo.methods.slm_bottlenecks.checks:check_options",
         compiles=True,
         search={
             "lr": {"min": 1e-4, "max": 1e-2, "log": True},

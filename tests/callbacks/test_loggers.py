@@ -1,0 +1,77 @@
+"""`metrics.csv`: not written anew at each step, and never behind a checkpoint."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from callbacks import loggers
+from callbacks.loggers import RunCSVLogger
+from callbacks.resume_checkpoint import ResumeCheckpoint
+from tests.callbacks.toy import fit
+
+
+def steps(folder: Path) -> list[int]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [int(row["step"]) for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def writes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of rows of each write."""
+    counted: list[int] = []
+
+    def write(path: Path, text: str) -> None:
+        counted.append(text.count("\n") - 1)
+        path.write_text(text)
+
+    monkeypatch.setattr(loggers, "write_atomically", write)
+    return counted
+
+
+def log(logger: RunCSVLogger, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        logger.log_metrics({"loss": 1.0}, step)
+        logger.save()  # as Lightning does after each logged step
+
+
+def test_rows_are_written_together(tmp_path: Path, writes: list[int]) -> None:
+    logger = RunCSVLogger(str(tmp_path), flush_every_n_rows=3, flush_every_seconds=1e9)
+    log(logger, 0, 7)
+    assert writes == [3, 6]
+    logger.flush()
+    logger.flush()
+    assert writes == [3, 6, 8]
+    logger.rewind(4)
+    logger.finalize("success")
+    assert steps(tmp_path) == [0, 1, 2, 3]
+
+
+def test_rows_are_written_after_a_while(tmp_path: Path, writes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(loggers.time, "monotonic", lambda: now[0])
+    logger = RunCSVLogger(str(tmp_path), flush_every_seconds=5.0)
+    log(logger, 0, 2)
+    assert writes == [1], "the first row at once, so that there is a file to look at"
+    now[0] += 5.0
+    log(logger, 3, 4)
+    assert writes == [1, 4]
+
+
+def test_every_checkpoint_finds_its_rows_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+    save = ResumeCheckpoint.save
+
+    def look(self: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        path = save(self, trainer, *args, **kwargs)
+        seen.append((trainer.global_step, steps(tmp_path)[-1]))
+        return path
+
+    monkeypatch.setattr(ResumeCheckpoint, "save", look)
+    logger = RunCSVLogger(str(tmp_path), flush_every_seconds=1e9)
+    fit(tmp_path, [ResumeCheckpoint(every_n_steps=2)], logger=logger)
+    assert len(seen) > 2
+    assert all(row >= step - 1 for step, row in seen), seen

@@ -1,0 +1,50 @@
+"""Standard output and error of a run, which must not end it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
+
+
+class UnstoppableStream:
+    """A text stream whose failures do not matter: a log file on a full disk must not end a training.
+
+    What could not be written is written as soon as that is possible again.
+
+    Args:
+        stream: The stream behind it.
+        keep: Characters to keep at most; the newest stay.
+    """
+
+    def __init__(self, stream: TextIO, keep: int = 10_000) -> None:
+        self._stream, self._keep, self._late = stream, keep, ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or keep the text for later."""
+        late, self._late = self._late + text, ""
+        try:
+            self._stream.write(late)
+        except OSError:
+            self._late = late[-self._keep :]
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush if it is possible."""
+        with suppress(OSError):
+            self._stream.flush()
+
+
+@contextmanager
+def unstoppable_output() -> Iterator[None]:
+    """Let standard output and error fail silently for a while."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (UnstoppableStream(stream) for stream in before)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
