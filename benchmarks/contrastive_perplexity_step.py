@@ -6,9 +6,10 @@ batch of one only. Three ways of making the same step are measured in turn, in o
 our likelihood, and one pass for each with `labels=` and the official formula. Their losses are compared first.
 
 The memory of a step at the shapes of Llama-7B is counted on the meta device, where tensors have shapes and no numbers:
-the largest sum of the bytes of all tensors that are alive beside the weights, with logits of all tokens at once and in
-chunks, of the whole step and of the head with its loss alone. Attention runs there as matrix products, so its part is
-larger than with a fused kernel.
+the largest sum of the bytes of all tensors that are alive beside the weights, of the whole step and of the head with
+its loss alone: with all at once, with logits in chunks, and with sentences in chunks as well. Logits in chunks leave
+what the layers need: the checkpoints of all of them, and the activations of the one that is computed again. Attention
+runs there as matrix products, so its part is larger than with a fused kernel.
 
     python benchmarks/contrastive_perplexity_step.py [--steps 10] [--rounds 5] [--threads 1] [--out results/bench]
 """
@@ -28,13 +29,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from datamodules.perplexity_sets.synthetic import PerplexitySets
 from zoo.bench.report import comparison, write_bench
 from zoo.config import load_layers
 from zoo.methods.contrastive_perplexity.losses import log_perplexity, official_loss, prototype
 from zoo.methods.contrastive_perplexity.module import ContrastivePerplexity
-from zoo.methods.contrastive_perplexity.networks import build_network, sentence_logprobs
+from zoo.methods.contrastive_perplexity.networks import build_network, chunked_logprobs, sentence_logprobs
 
 CONFIG = "contrastive_perplexity/toxicity"
 LLAMA_7B = {
@@ -156,18 +158,34 @@ class PeakMemory(TorchDispatchMode):
         self.now -= self._alive.pop(key, 0)
 
 
-def peak_of_step(head_chunk: int, layers: int) -> int:
-    """Bytes beside the weights at the peak of forward and backward pass, bfloat16, adapters of rank 64."""
+def meta_model(layers: int) -> Any:
+    """The model with adapters of rank 64 on the meta device, all in bfloat16, as autocast computes."""
     with torch.device("meta"):
         spec = {**LLAMA_7B, "num_hidden_layers": layers}
-        model = build_network(spec, lora_rank=64, gradient_checkpointing=True).to(torch.bfloat16)
-        ids = torch.zeros(ANCHORS * MEMBERS, LENGTH, dtype=torch.int64)
-        # a mask of four dimensions is taken as it is; others are looked at, and on the meta device there are no numbers
-        mask = torch.ones(ANCHORS * MEMBERS, 1, LENGTH, LENGTH, dtype=torch.bool)
-    with PeakMemory() as memory:
+        return build_network(spec, lora_rank=64, gradient_checkpointing=True).to(torch.bfloat16)
+
+
+def peak_of_step(head_chunk: int, sentence_chunk: int, layers: int) -> int:
+    """Bytes beside the weights at the peak of forward and backward pass.
+
+    `sentence_logprobs` without padding: it looks at masks, and on the meta device there are no numbers.
+    """
+    model = meta_model(layers)
+
+    def logprobs_of(ids: Tensor) -> Tensor:
+        # a mask of four dimensions is taken as it is; others are looked at
+        mask = torch.ones(len(ids), 1, LENGTH, LENGTH, dtype=torch.bool, device="meta")
         outputs = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-        hidden = outputs.last_hidden_state[:, :-1].flatten(0, 1)
-        logprobs = head_logprobs(model.get_output_embeddings(), hidden, ids[:, 1:].flatten(), head_chunk)
+        hidden, labels = outputs.last_hidden_state[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        return chunked_logprobs(model.get_output_embeddings(), hidden, labels, head_chunk)
+
+    ids = torch.zeros(ANCHORS * MEMBERS, LENGTH, dtype=torch.int64, device="meta")
+    with PeakMemory() as memory:
+        if sentence_chunk:
+            parts = [checkpoint(logprobs_of, part, use_reentrant=False) for part in ids.split(sentence_chunk)]
+            logprobs = torch.cat(parts)  # type: ignore[arg-type]
+        else:
+            logprobs = logprobs_of(ids)
         logprobs.mean().backward()
     return memory.peak
 
@@ -181,41 +199,51 @@ def peak_of_head(head_chunk: int) -> int:
         hidden = torch.zeros(tokens, head.in_features, dtype=torch.bfloat16, requires_grad=True)
         labels = torch.zeros(tokens, dtype=torch.int64)
     with PeakMemory() as memory:
-        head_logprobs(head, hidden, labels, head_chunk).mean().backward()
+        chunked_logprobs(head, hidden, labels, head_chunk).mean().backward()
     return memory.peak
 
 
-def head_logprobs(head: Any, hidden: Tensor, labels: Tensor, head_chunk: int) -> Tensor:
-    """The part of `sentence_logprobs` after the last hidden states, which does not look at a mask."""
-    from torch.utils.checkpoint import checkpoint
+def weights_by_formula(layers: int) -> dict[str, int]:
+    """Bytes of frozen weights in 4 bits (a float32 scale for 64 values; embeddings, head and norms in bfloat16), and of
+    adapters in float32 with their gradients and the two moments of AdamW."""
+    model = meta_model(layers)
+    bits, rest, adapters = 0, 0, 0
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            adapters += parameter.numel()
+        elif ".base_layer." in name:
+            bits += parameter.numel()
+        else:
+            rest += parameter.numel()
+    return {"frozen": bits // 2 + bits // 64 * 4 + 2 * rest, "adapters_and_optimizer": 16 * adapters}
 
-    from zoo.nn.lm import token_logprobs
 
-    def of_chunk(part: Tensor, targets: Tensor) -> Tensor:
-        return token_logprobs(head(part)[None], targets[None])[0]
-
-    if not head_chunk:
-        return of_chunk(hidden, labels)
-    pieces = zip(hidden.split(head_chunk), labels.split(head_chunk), strict=True)
-    return torch.cat([checkpoint(of_chunk, part, targets, use_reentrant=False) for part, targets in pieces])  # type: ignore[misc]
-
-
-def measure_memory(chunk: int, layers: int) -> dict[str, Any]:
+def measure_memory(head_chunk: int, sentence_chunk: int, layers: int) -> dict[str, Any]:
     """Count peaks with and without chunks, beside what the shapes say."""
     tokens = ANCHORS * MEMBERS * (LENGTH - 1)
     width, vocabulary = LLAMA_7B["hidden_size"], LLAMA_7B["vocab_size"]
     assert isinstance(width, int)
     assert isinstance(vocabulary, int)
+    peaks = {
+        "all_at_once": peak_of_step(0, 0, layers),
+        "logits_in_chunks": peak_of_step(head_chunk, 0, layers),
+        "logits_and_sentences_in_chunks": peak_of_step(head_chunk, sentence_chunk, layers),
+    }
+    weights = weights_by_formula(layers)
     return {
         "model": LLAMA_7B | {"num_hidden_layers": layers},
         "sentences": ANCHORS * MEMBERS,
         "tokens_per_sentence": LENGTH,
-        "head_chunk": chunk,
-        "peak_bytes_of_the_step": {"all_logits": peak_of_step(0, layers), "chunks": peak_of_step(chunk, layers)},
-        "peak_bytes_of_the_head": {"all_logits": peak_of_head(0), "chunks": peak_of_head(chunk)},
+        "head_chunk": head_chunk,
+        "sentence_chunk": sentence_chunk,
+        "peak_bytes_of_the_step": peaks,
+        "over_all_at_once": {name: peak / peaks["all_at_once"] for name, peak in peaks.items()},
+        "peak_bytes_of_the_head": {"all_logits": peak_of_head(0), "logits_in_chunks": peak_of_head(head_chunk)},
+        "weights_bytes_by_formula": weights,
+        "step_and_weights_bytes": {name: peak + sum(weights.values()) for name, peak in peaks.items()},
         # logits in bfloat16, in float32, their log-softmax, and the gradients of the first two
         "logits_bytes_by_formula": {name: n * vocabulary * (2 + 4 + 4 + 4 + 2) for name, n in (
-            ("all_logits", tokens), ("chunks", min(chunk, tokens)))},
+            ("all_logits", tokens), ("logits_in_chunks", min(head_chunk, tokens)))},
         "checkpoints_bytes_by_formula": layers * ANCHORS * MEMBERS * LENGTH * width * 2,
     }  # fmt: skip
 
@@ -227,12 +255,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds; the three ways take turns")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--chunk", type=int, default=512, help="tokens whose logits are held at once")
+    parser.add_argument("--sentences", type=int, default=5, help="sentences whose activations are held at once")
     parser.add_argument("--layers", type=int, default=32, help="layers of the model whose memory is counted")
     parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder of the files")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     times = measure_time(args.steps, args.rounds) | {"threads": args.threads}
-    memory = measure_memory(args.chunk, args.layers)
+    memory = measure_memory(args.chunk, args.sentences, args.layers)
     print(json.dumps({"time": times, "memory": memory}, indent=1))
     what = "time of a contrastive-perplexity step with one forward pass for each of its sentences"
     for name, way, said in (
@@ -242,9 +271,8 @@ def main() -> None:
         ratio = statistics.median(times["ratio_of_rounds"][way])
         file = args.out / f"contrastive_perplexity_{name}.json"
         write_bench(file, comparison(file.stem, said, ratio, "", ">=", 3.0, times))
-    peaks = memory["peak_bytes_of_the_step"]
-    said = "peak memory of a step at Llama-7B shapes (meta device), logits in chunks over all logits at once"
-    ratio = peaks["chunks"] / peaks["all_logits"]
+    said = "peak memory of a step at Llama-7B shapes (meta device), sentences and logits in chunks over all at once"
+    ratio = memory["over_all_at_once"]["logits_and_sentences_in_chunks"]
     content = comparison("contrastive_perplexity_memory", said, ratio, "", "<=", 0.75, memory)
     write_bench(args.out / "contrastive_perplexity_memory.json", content)
 

@@ -66,6 +66,8 @@ class LinearModel:
             raise ValueError("scorer: 'linear' needs a package: pip install 'method-zoo[toxicity]'")
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
+        if not texts:  # scikit-learn refuses an empty list
+            return torch.empty(0)
         from profanity_check import predict_prob
 
         return torch.as_tensor(predict_prob(list(texts)), dtype=torch.float32)

@@ -44,7 +44,7 @@ def test_a_timm_backbone_loads_in_timm(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_language_model_loads_in_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import transformers
 
-    folder = trained("contrastive_perplexity/smoke", tmp_path / "run")
+    folder = trained("sft/smoke", tmp_path / "run")
     assert main(["export", str(folder)]) == 0
     assert "AutoModelForCausalLM.from_pretrained" in capsys.readouterr().out
     back = transformers.AutoModelForCausalLM.from_pretrained(folder / "export" / "lm")

@@ -65,9 +65,9 @@ def library(part: nn.Module) -> str:
 def export(model: pl.LightningModule, folder: Path) -> dict[str, str]:
     """Write the networks of a module, each into a folder of its own, and read them back.
 
-    A method may have `export(self, folder: str) -> None`, which writes one folder under the names that others read;
-    then that is all. Otherwise each model of timm or transformers is written as that library stores it, and the rest
-    of the module's state under its own names.
+    A method may have `export(self, folder: str) -> str | None`, which writes one folder under the names that others
+    read, and may say how to load it; then that is all. Otherwise each model of timm or transformers is written as that
+    library stores it, and the rest of the module's state under its own names.
 
     Args:
         model: The module.
@@ -82,8 +82,8 @@ def export(model: pl.LightningModule, folder: Path) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     own: Any = getattr(model, "export", None)
     if own is not None:
-        own(str(folder))
-        return {str(folder): "as the method says: zoo info shows its docstring"}
+        how = own(str(folder))
+        return {str(folder): how or "as the method says: zoo info shows its docstring"}
     written: dict[str, str] = {}
     rest = dict(model.state_dict())
     for name, part, kind in known_networks(model):

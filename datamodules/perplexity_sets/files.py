@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datamodules.loading import ResumableLoader, ZooDataModule
 from datamodules.perplexity_sets.batches import DocumentBatches, PromptBatches, Sentences, SetBatches, Sets
+from datamodules.perplexity_sets.loaders import SetsDataModule
 from datamodules.perplexity_sets.records import SetRecord, read_records, refuse_overlap
-from datamodules.perplexity_sets.synthetic import check_set_sizes
 from datamodules.text import BPETokenizer, ByteTokenizer, Tokenizer
 from zoo.nn.sampling import left_pad
 
@@ -26,7 +25,7 @@ def in_validation(record: SetRecord, share: float) -> bool:
     return zlib.crc32(record.id.encode()) % 1000 < 1000 * share
 
 
-class PerplexitySetFiles(ZooDataModule):
+class PerplexitySetFiles(SetsDataModule):
     """Sets of wanted and unwanted sentences from files, see `datamodules.perplexity_sets.records`.
 
     Training draws from the sets of `train`. Held-out anchors are divided into validation and testing; their wanted and
@@ -72,8 +71,7 @@ class PerplexitySetFiles(ZooDataModule):
         num_workers: int = 0,
         data_seed: int = 0,
     ) -> None:
-        super().__init__(num_workers, data_seed)
-        check_set_sizes(positives, negatives, random_negatives)
+        super().__init__(positives, negatives, random_negatives, num_workers, data_seed)
         if short_anchors not in SHORT_ANCHORS:
             raise ValueError(f"short_anchors: {short_anchors!r} is unknown; accepted: {', '.join(SHORT_ANCHORS)}")
         if not 0 <= val_share <= 1:
@@ -88,11 +86,9 @@ class PerplexitySetFiles(ZooDataModule):
             if value < least:
                 raise ValueError(f"{key}: {value} is not accepted; accepted: {least} or more")
         self.train_file, self.heldout_file, self.tokenizer_name = train, heldout, tokenizer
-        self.positives, self.negatives, self.random_negatives = positives, negatives, random_negatives
         self.short_anchors, self.val_share, self.prompts_per_anchor = short_anchors, val_share, prompts_per_anchor
         self.max_length, self.max_prompt_length = max_length, max_prompt_length
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self._train: SetBatches | None = None
 
     # -- facts and text --------------------------------------------------------------------------------------------
 
@@ -166,11 +162,6 @@ class PerplexitySetFiles(ZooDataModule):
 
     # -- batches ---------------------------------------------------------------------------------------------------
 
-    def setup(self, stage: str) -> None:
-        """Read and tokenize the training sets."""
-        if stage == "fit" and self._train is None:
-            self._train = self.training_batches()
-
     def _pool(self, lists: Sequence[Sequence[str]]) -> Sentences:
         """Tokens of the sentences of each anchor, as one table."""
         tokens, length = self._sentences([text for texts in lists for text in texts] or [""])
@@ -229,24 +220,3 @@ class PerplexitySetFiles(ZooDataModule):
         kind = torch.arange(len(prompts)) < len(unwanted)
         group = torch.tensor([self.groups.index(name) for _, name in prompts])
         return PromptBatches(tokens, mask, kind, group, self.eval_batch_size)
-
-    def _documents(self, split: str) -> list[ResumableLoader]:
-        return [self.loader(self.document_batches(split, kind), same_every_epoch=True) for kind in (False, True)]
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Sets."""
-        self.setup("fit")
-        assert self._train is not None
-        return self.loader(self._train)
-
-    def val_dataloader(self) -> list[ResumableLoader]:
-        """Wanted and unwanted sentences of validation."""
-        return self._documents("val")
-
-    def test_dataloader(self) -> list[ResumableLoader]:
-        """Wanted and unwanted sentences of testing."""
-        return self._documents("test")
-
-    def predict_dataloader(self) -> ResumableLoader:
-        """Prompts of testing."""
-        return self.loader(self.prompt_batches("test"), same_every_epoch=True)

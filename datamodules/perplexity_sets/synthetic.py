@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from datamodules.loading import Batches, ResumableLoader, ZooDataModule, keyed_generator
+from datamodules.loading import Batches, keyed_generator
 from datamodules.perplexity_sets.batches import (
     CorpusBatches,
     DocumentBatches,
@@ -16,6 +16,7 @@ from datamodules.perplexity_sets.batches import (
     SetBatches,
     Sets,
 )
+from datamodules.perplexity_sets.loaders import SetsDataModule
 from datamodules.perplexity_sets.worlds import BOS, EOS, PAD, WORLDS, World
 from zoo.nn.sampling import left_pad
 
@@ -45,7 +46,7 @@ def make_sets(world: World, anchors: int, candidates: int, seed: int) -> Sets:
     return Sets(pool(world.render(positives)), pool(world.render(negatives)), world.group_of(noun), matched=True)
 
 
-class PerplexitySets(ZooDataModule):
+class PerplexitySets(SetsDataModule):
     """A synthetic world: a corpus to train a base model on, or sets of wanted and unwanted text to tune it with.
 
     Validation and testing have two loaders: wanted and unwanted documents whose first sentence no training text begins
@@ -98,12 +99,11 @@ class PerplexitySets(ZooDataModule):
         num_workers: int = 0,
         data_seed: int = 0,
     ) -> None:
-        super().__init__(num_workers, data_seed)
+        super().__init__(positives, negatives, random_negatives, num_workers, data_seed)
         if world not in WORLDS:
             raise ValueError(f"world: {world!r} is unknown; accepted: {', '.join(WORLDS)}")
         if source not in SOURCES:
             raise ValueError(f"source: {source!r} is unknown; accepted: {', '.join(SOURCES)}")
-        check_set_sizes(positives, negatives, random_negatives)
         for key, drawn in (("positives", positives), ("negatives", negatives)):
             if drawn > candidates:
                 raise ValueError(f"{key}: {drawn} of each anchor are asked for, it has {candidates} (candidates)")
@@ -123,12 +123,10 @@ class PerplexitySets(ZooDataModule):
             batch_size,
             eval_batch_size,
         )
-        self.positives, self.negatives, self.random_negatives = positives, negatives, random_negatives
         self.num_anchors, self.candidates, self.corpus_size = num_anchors, candidates, corpus_size
         self.mixture = (unwanted_share, unwanted_strength, switch_share)
         self.num_documents = {"val": val_documents, "test": test_documents}
         self.num_prompts = {"val": val_prompts, "test": test_prompts}
-        self._train: Batches | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -168,11 +166,6 @@ class PerplexitySets(ZooDataModule):
         """Say what only this world can say of continuations, see `World.judge`."""
         return self.world.judge(prompts, texts)
 
-    def setup(self, stage: str) -> None:
-        """Draw the training sets."""
-        if stage == "fit" and self._train is None:
-            self._train = self.training_batches()
-
     def training_batches(self) -> Batches:
         """Batches of the sets or of the corpus."""
         if self.source == "corpus":
@@ -196,34 +189,3 @@ class PerplexitySets(ZooDataModule):
         tokens, group = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         unwanted = torch.arange(2 * count) < count
         return PromptBatches(tokens, torch.ones_like(tokens, dtype=torch.bool), unwanted, group, self.eval_batch_size)
-
-    def _documents(self, split: str) -> list[ResumableLoader]:
-        return [self.loader(self.document_batches(split, kind), same_every_epoch=True) for kind in (False, True)]
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Sets, or the corpus."""
-        if self._train is None:
-            self.setup("fit")
-        assert self._train is not None
-        return self.loader(self._train)
-
-    def val_dataloader(self) -> list[ResumableLoader]:
-        """Wanted and unwanted documents."""
-        return self._documents("val")
-
-    def test_dataloader(self) -> list[ResumableLoader]:
-        """Wanted and unwanted documents."""
-        return self._documents("test")
-
-    def predict_dataloader(self) -> ResumableLoader:
-        """Prompts of the test split."""
-        return self.loader(self.prompt_batches("test"), same_every_epoch=True)
-
-
-def check_set_sizes(positives: int, negatives: int, random_negatives: int) -> None:
-    """Raise `ValueError` unless there are positives and no count is negative."""
-    if positives < 1:
-        raise ValueError(f"positives: {positives} is not accepted; accepted: 1 or more")
-    for key, count in (("negatives", negatives), ("random_negatives", random_negatives)):
-        if count < 0:
-            raise ValueError(f"{key}: {count} is not accepted; accepted: 0 or more")

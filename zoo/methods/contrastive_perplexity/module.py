@@ -79,6 +79,7 @@ class ContrastivePerplexity(LightningModule):
         four_bit: Load the frozen weights in 4 bits.
         gradient_checkpointing: Compute activations again in the backward pass.
         head_chunk: Tokens for which logits are held at once; 0 for all.
+        sentence_chunk: Sentences whose activations are held at once, at the price of one more forward pass; 0 for all.
         init_from: Checkpoint of a run of this method that the training starts from.
         sign_check_batches: Batches of training data on which, before the first step, negatives must be less likely than
             positives, as the objective assumes; 0 for no check. For the contrastive objectives.
@@ -134,6 +135,7 @@ class ContrastivePerplexity(LightningModule):
         four_bit: bool = False,
         gradient_checkpointing: bool = False,
         head_chunk: int = 0,
+        sentence_chunk: int = 0,
         init_from: str | None = None,
         sign_check_batches: int = 8,
         lr: float = 1e-4,
@@ -160,6 +162,7 @@ class ContrastivePerplexity(LightningModule):
             ("lambda_lm", lambda_lm),
             ("lora_rank", lora_rank),
             ("head_chunk", head_chunk),
+            ("sentence_chunk", sentence_chunk),
             ("sign_check_batches", sign_check_batches),
         ):
             if number < 0:
@@ -227,9 +230,8 @@ class ContrastivePerplexity(LightningModule):
     def log_perplexities(self, batch: Mapping[str, Any], model: Any = None) -> tuple[Tensor, Tensor]:
         """Log-perplexity `[B, K]` of every sentence of a batch of sets, and its number of predicted tokens."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        logprobs, counts = sentence_logprobs(
-            model or self.lm, ids.flatten(0, 1), mask.flatten(0, 1), self.hparams["head_chunk"]
-        )
+        chunks = self.hparams["head_chunk"], self.hparams["sentence_chunk"]
+        logprobs, counts = sentence_logprobs(model or self.lm, ids.flatten(0, 1), mask.flatten(0, 1), *chunks)
         l = log_perplexity(logprobs, counts)  # noqa: E741 - the letter of the equations
         return l.view(ids.shape[:2]), counts.sum(dim=1).view(ids.shape[:2])
 
@@ -309,11 +311,13 @@ class ContrastivePerplexity(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def merged(self) -> Any:
-        """Return a copy of the language model with its adapters merged into the weights, to be saved or served.
-
-        `merged().save_pretrained(folder)` writes what `transformers` loads again.
-        """
+        """Return a copy of the language model with its adapters merged into the weights, to be saved or served."""
         return merge_adapters(copy.deepcopy(self.lm)).eval()
+
+    def export(self, folder: str) -> str:
+        """Write the tuned model with its adapters merged, for `zoo export`, and return how to load it."""
+        self.merged().save_pretrained(folder)
+        return f"transformers.AutoModelForCausalLM.from_pretrained({folder!r})"
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 

@@ -60,7 +60,25 @@ def build_network(
             fan_in_fan_out=all(type(part).__name__ == "Conv1D" for part in chosen),  # GPT-2 transposes its weights
         )
         model = inject_adapter_in_model(config, model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # small updates of bfloat16 weights are rounded away
+                parameter.data = parameter.data.float()
+    if four_bit:
+        model.register_state_dict_post_hook(_adapters_only)
+        model.register_load_state_dict_post_hook(_without_base)
     return model.train()
+
+
+def _adapters_only(model: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Leave weights in 4 bits out of a checkpoint: they do not load from one, and come from the model's files."""
+    if any(".lora_" in name for name in state if name.startswith(prefix)):  # not once the adapters are merged
+        for name in [name for name in state if name.startswith(prefix) and ".lora_" not in name]:
+            del state[name]
+
+
+def _without_base(model: Any, incompatible: Any) -> None:
+    """Miss nothing but adapters in such a checkpoint."""
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if ".lora_" in name]
 
 
 def linear_names(model: Any) -> list[str]:
@@ -76,7 +94,7 @@ def linear_names(model: Any) -> list[str]:
 
 
 def load_four_bit(name: str) -> Any:
-    """Load a model in nf4 onto the current GPU, with bfloat16 arithmetic.
+    """Load a model in nf4, onto the current GPU where there is one, with bfloat16 arithmetic.
 
     Raises:
         ValueError: If `bitsandbytes` is not installed.
@@ -113,16 +131,40 @@ def adapters_off(model: Any) -> Iterator[None]:
 
 
 def merge_adapters(model: Any) -> Any:
-    """Merge adapters into the layers that they sit at, in place, and return the model."""
+    """Merge adapters into the layers that they sit at, in place, and return the model.
+
+    Weights in 4 bits come back whole: what an adapter adds is less than the steps between their values.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BaseTunerLayer):
-            layer.merge()
+            base = layer.get_base_layer()
+            if hasattr(base.weight, "quant_state"):
+                base = _whole(base, sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters))
+            else:
+                layer.merge()
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+            setattr(model.get_submodule(parent), child, base)
     model.__dict__.pop("peft_config", None)
+    if getattr(model, "is_quantized", False):
+        for name, part in list(model.named_modules()):
+            if hasattr(getattr(part, "weight", None), "quant_state"):  # a layer without an adapter
+                model.set_submodule(name, _whole(part))
+        model.hf_quantizer.remove_quantization_config(model)
     return model
+
+
+def _whole(base: Any, delta: Tensor | float = 0.0) -> nn.Linear:
+    """A layer with its weights out of 4 bits, and `delta` added to them."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight = dequantize_4bit(base.weight.data, base.weight.quant_state)
+    with torch.device("meta"):
+        linear = nn.Linear(base.in_features, base.out_features, base.bias is not None)
+    linear.weight = nn.Parameter((weight.float() + delta).to(weight.dtype), requires_grad=False)
+    linear.bias = base.bias
+    return linear
 
 
 def load_base(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -143,7 +185,9 @@ def load_base(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     model.load_state_dict({**own, **{places[name]: value for name, value in given.items()}})
 
 
-def sentence_logprobs(model: Any, input_ids: Tensor, mask: Tensor, head_chunk: int = 0) -> tuple[Tensor, Tensor]:
+def sentence_logprobs(
+    model: Any, input_ids: Tensor, mask: Tensor, head_chunk: int = 0, sentence_chunk: int = 0
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each token given those before it.
 
     Args:
@@ -153,10 +197,18 @@ def sentence_logprobs(model: Any, input_ids: Tensor, mask: Tensor, head_chunk: i
         head_chunk: Tokens for which logits are held at once; they are computed again in the backward pass. 0 holds all.
             The memory of `[N, S, V]` logits is what limits the number of sentences where the vocabulary is large. For
             models whose logits are a linear map of the last hidden states.
+        sentence_chunk: Sentences that pass through the model at once; each such pass is made again in the backward
+            pass, so that activations of so many sentences alone are held. 0 takes all at once. The objectives need
+            no more than a number of each sentence, so nothing else of a pass has to stay (cf. arXiv 2101.06983).
 
     Returns:
         float32 `[N, S - 1]` in nats, and bool `[N, S - 1]`: which of them count, a token with a token before it.
     """
+    if 0 < sentence_chunk < len(input_ids):
+        parts = zip(input_ids.split(sentence_chunk), mask.split(sentence_chunk), strict=True)
+        passes = [checkpoint(sentence_logprobs, model, *part, head_chunk, use_reentrant=False) for part in parts]
+        logprobs, there = zip(*passes, strict=True)
+        return torch.cat(logprobs), torch.cat(there)
     positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
     counts = mask[:, 1:] & mask[:, :-1]
     labels = input_ids[:, 1:].masked_fill(~counts, IGNORE)
@@ -164,13 +216,27 @@ def sentence_logprobs(model: Any, input_ids: Tensor, mask: Tensor, head_chunk: i
     if not head_chunk:
         return token_logprobs(model(**inputs).logits[:, :-1], labels), counts
     hidden = model.base_model(**inputs).last_hidden_state[:, :-1][counts]
-    head = model.get_output_embeddings()
+    logprobs = chunked_logprobs(model.get_output_embeddings(), hidden, labels[counts], head_chunk)
+    return torch.zeros(counts.shape, device=hidden.device).masked_scatter(counts, logprobs), counts
+
+
+def chunked_logprobs(head: Any, hidden: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    """Log-probability of labels, with the logits of `chunk` tokens at a time, in the backward pass too.
+
+    Args:
+        head: Maps hidden states to logits.
+        hidden: Last hidden states `[N, D]`.
+        labels: int64 `[N]`.
+        chunk: Tokens for which logits are held at once, in their own type and in float32; 0 for all.
+
+    Returns:
+        float32 `[N]`, nats.
+    """
 
     def of_chunk(part: Tensor, targets: Tensor) -> Tensor:
         return token_logprobs(head(part)[None], targets[None])[0]
 
-    pieces = [
-        checkpoint(of_chunk, part, targets, use_reentrant=False)
-        for part, targets in zip(hidden.split(head_chunk), labels[counts].split(head_chunk), strict=True)
-    ]
-    return torch.zeros(counts.shape, device=hidden.device).masked_scatter(counts, torch.cat(pieces)), counts
+    if not chunk:
+        return of_chunk(hidden, labels)
+    parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
+    return torch.cat([checkpoint(of_chunk, part, targets, use_reentrant=False) for part, targets in parts])
