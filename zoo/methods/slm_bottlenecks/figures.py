@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from zoo.methods.slm_bottlenecks.losses import LossLaw
 from zoo.methods.slm_bottlenecks.reduce import reduce_best
@@ -19,6 +20,8 @@ FIGURES = {
     3: ("nodes", "comm", "communication"),
     4: ("global_batch", "comm", "batch"),
 }
+#: Column -> what an axis says.
+AXES = {"n_gpu": "GPUs", "nodes": "nodes of 8 GPUs", "global_batch": "global batch (sequences)"}
 
 
 def best_figure(rows: Rows, x: str, legend: str, value: str = "tokens_per_dollar", ylabel: str = "") -> Figure:
@@ -36,10 +39,15 @@ def best_figure(rows: Rows, x: str, legend: str, value: str = "tokens_per_dollar
             points = sorted((key[1], row) for key, row in best.items() if key[0] == name)
             xs, ys = [p[0] for p in points], [p[1][value] for p in points]
             errors = [p[1].get(f"{value}_std") or 0.0 for p in points]
-            axis.errorbar(xs, ys, yerr=errors, marker="o", markersize=4, capsize=2, label=name)
+            line = axis.errorbar(xs, ys, yerr=errors if any(errors) else None, marker="o", markersize=4, capsize=2,
+                                 label=name)  # fmt: skip
+            for tick in (tick for tick, y in zip(xs, ys, strict=True) if y == 0):
+                text = axis.annotate("out of memory", (tick, 0), (-8, 6), textcoords="offset points", fontsize=8,
+                                     ha="right", color=line[0].get_color())  # fmt: skip
+                text.set_in_layout(False)
         axis.set_xscale("log", base=2)
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.set(title=size, xlabel=x.replace("_", " "))
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
+        axis.set(title=size, xlabel=AXES.get(x, x))
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(ylabel or value.replace("_", " "))
@@ -70,7 +78,11 @@ def planner_figure(pairs: Sequence[tuple[Mapping[str, Any], float]]) -> Figure:
     ends = [low / 1.3, high * 1.3]
     axis.plot(ends, ends, color="grey", linewidth=1)
     axis.fill_between(ends, [0.8 * e for e in ends], [1.2 * e for e in ends], color="grey", alpha=0.15)
-    axis.set(xscale="log", yscale="log", xlabel="measured tokens/s", ylabel="predicted without this cell")
+    axis.set(xscale="log", yscale="log", xlabel="measured tokens/s", ylabel="predicted without this cell (tokens/s)")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        side.set_major_formatter(EngFormatter(sep=""))
+        side.set_minor_formatter(NullFormatter())
     axis.legend(fontsize=8)
     return figure
 
