@@ -6,7 +6,6 @@ batch is a function of (seed, epoch, index), as everywhere in the zoo.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,119 +16,12 @@ from torch import Tensor
 from datamodules.caption_rows import Rows, open_rows
 from datamodules.image_captions import ImageTextBatch
 from datamodules.image_folder import read_image
-from datamodules.loading import Batches, ResumableLoader, ZooDataModule, epoch_permutation, keyed_generator
+from datamodules.image_text_pairs import Native, NativePairs, Pairs, transforms
+from datamodules.image_text_tokens import CaptionTokenizer, padded
+from datamodules.loading import Batches, ResumableLoader, ZooDataModule
 
 #: Of ImageNet.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class CaptionTokenizer:
-    """Captions as tokens of a `transformers` model, each with its end.
-
-    Args:
-        name: Name or folder of a model with a tokenizer.
-        context_length: Most tokens of a caption.
-        truncate: Cut longer captions (their end stays the last token); else they are refused.
-
-    Raises:
-        ValueError: If there is no such tokenizer, or if it has no token that ends a text.
-    """
-
-    def __init__(self, name: str, context_length: int, truncate: bool) -> None:
-        from transformers import AutoTokenizer
-
-        self.context_length, self.truncate = context_length, truncate
-        try:
-            self.inner = AutoTokenizer.from_pretrained(str(Path(name).expanduser()), trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"tokenizer: {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-        end = self.inner.eos_token_id if self.inner.eos_token_id is not None else self.inner.sep_token_id
-        if end is None:
-            raise ValueError(f"tokenizer: {name!r} has no token that ends a caption")
-        self.eos_id: int = end
-        #: Many tokenizers of image-text models (CLIP, SigLIP) fill with the end token.
-        self.pad_id: int = end if self.inner.pad_token_id is None else self.inner.pad_token_id
-        self.vocab_size: int = len(self.inner)
-
-    def encode(self, caption: str, where: str) -> list[int]:
-        """Tokens of a caption, with those that the tokenizer adds.
-
-        Raises:
-            ValueError: If the caption is empty, or too long and not to be cut; `where` names it.
-        """
-        if not caption.strip():
-            raise ValueError(f"{where}: the caption is missing")
-        ids: list[int] = self.inner(caption, verbose=False)["input_ids"]
-        ids = ids if ids and ids[-1] == self.eos_id else [*ids, self.eos_id]
-        if len(ids) > self.context_length:
-            if not self.truncate:
-                raise ValueError(
-                    f"{where}: the caption has {len(ids)} tokens; accepted: context_length: {self.context_length} or "
-                    "fewer (truncate: true cuts longer ones)"
-                )
-            ids = [*ids[: self.context_length - 1], self.eos_id]
-        return ids
-
-    def decode(self, tokens: list[int]) -> str:
-        """The words up to the end of the caption."""
-        end = tokens.index(self.eos_id) if self.eos_id in tokens else len(tokens)
-        return str(self.inner.decode(tokens[:end], skip_special_tokens=True)).strip()
-
-
-def padded(captions: Sequence[Sequence[int]], pad_id: int) -> Tensor:
-    """Captions as `[B, T]`, `T` the length of the longest, padded on the right."""
-    rows = [torch.tensor(caption, dtype=torch.int64) for caption in captions]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
-
-
-def transforms(
-    size: int, scale: Sequence[float], flip: float, mean: Sequence[float], std: Sequence[float]
-) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
-    """Pipelines for a PIL image in training (random crop and flip) and in evaluation (7/8 of the middle); bicubic."""
-    from torchvision.transforms import InterpolationMode, v2
-
-    cubic = InterpolationMode.BICUBIC
-    last = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
-    crop = v2.RandomResizedCrop(size, scale=tuple(scale), interpolation=cubic, antialias=True)
-    train = v2.Compose([crop, v2.RandomHorizontalFlip(flip), *last])
-    resize = v2.Resize(round(size / 0.875), interpolation=cubic, antialias=True)
-    return train, v2.Compose([resize, v2.CenterCrop(size), *last])
-
-
-class _Pairs(Batches):
-    """Images with captions, read from rows; augmented and shuffled for training."""
-
-    def __init__(self, data: ImageTextSet, rows: Rows, places: range, train: bool) -> None:
-        self.source, self.places, self.train = rows, places, train
-        self.tokenizer, self.pad_id = data.tokens, data.pad_id
-        self.size, self.seed = data.batch_size if train else data.eval_batch_size, data.data_seed
-        self.transform = data.transforms[0 if train else 1]
-
-    def __len__(self) -> int:
-        full, rest = divmod(len(self.places), self.size)
-        return full + (not self.train and rest > 0)
-
-    def batch(self, epoch: int, index: int) -> ImageTextBatch:
-        n = len(self.places)
-        places = range(n)[index * self.size : (index + 1) * self.size]
-        chosen = list(places)
-        if self.train:
-            chosen = epoch_permutation(n, self.seed, epoch)[places.start : places.stop].tolist()
-        mine = self.rows(len(chosen))
-        images, captions = [], []
-        with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global generator
-            for place, number in enumerate(chosen[mine], start=mine.start):
-                row = self.places[number]
-                image, choices = self.source[row]
-                torch.manual_seed(keyed_generator(self.seed, "pair", epoch, index, place).initial_seed())
-                choice = int(torch.randint(len(choices), ())) if self.train else 0
-                images.append(self.transform(image))
-                captions.append(self.tokenizer.encode(choices[choice], self.source.where(row)))
-        return {
-            "image": torch.stack(images),
-            "text": padded(captions, self.pad_id),
-            "target": torch.full((len(images),), -1),
-        }
 
 
 class _Classes(Batches):
@@ -181,6 +73,10 @@ class ImageTextSet(ZooDataModule):
         image_size: Height and width of the images in pixels.
         scale: Smallest and largest area of the random crop, as a part of the image.
         flip: Probability of a horizontal flip.
+        native_patch: Side of a patch, for the native-resolution stage: images keep their shape and become sequences of
+            patches. A training batch has as many patches as `batch_size` images of `image_size`, for an area of an
+            image that is drawn for the batch; evaluation has the area of `image_size`. Null for images of one size.
+        native_area: Least and greatest area, as exponents of two of the number of patches; null for 7 to 12.
         mean: Subtracted from each channel, of pixels from 0 to 1; null for ImageNet's.
         std: Each channel is divided by it; null for ImageNet's.
         batch_size: Images in a (global) batch.
@@ -210,6 +106,8 @@ class ImageTextSet(ZooDataModule):
         image_size: int = 224,
         scale: list[float] | None = None,
         flip: float = 0.5,
+        native_patch: int | None = None,
+        native_area: list[float] | None = None,
         mean: list[float] | None = None,
         std: list[float] | None = None,
         batch_size: int = 256,
@@ -242,9 +140,28 @@ class ImageTextSet(ZooDataModule):
         self.class_names, self.prompt = class_names, prompt
         self.image_size, self.batch_size, self.eval_batch_size = image_size, batch_size, eval_batch_size
         self.transforms = transforms(image_size, area, flip, mean or MEAN, std or STD)
+        self.native: Native | None = None
+        if native_patch is not None:
+            low, high = self._native_range(native_patch, native_area or [7, 12])
+            patches = (image_size // native_patch) ** 2
+            statistics = tuple(mean or MEAN), tuple(std or STD)
+            self.native = Native(native_patch, batch_size * patches, (low, high), patches, flip, *statistics)
         self._pad_id = pad_id
         self.parts: dict[str, tuple[Rows, range]] = {}
         self.labelled: tuple[list[str], Tensor] = ([], torch.empty(0, dtype=torch.int64))
+
+    def _native_range(self, patch: int, area: list[float]) -> tuple[float, float]:
+        if not 1 <= patch <= self.image_size:
+            raise ValueError(f"native_patch: {patch} is not accepted; accepted: 1 to image_size: {self.image_size}")
+        if self.class_root is not None:
+            raise ValueError("class_root: it is classified by images of one size; accepted: null beside native_patch")
+        budget = self.batch_size * (self.image_size // patch) ** 2
+        if len(area) != 2 or not 0 < area[0] <= area[1] or 2 ** area[1] > budget:
+            raise ValueError(
+                f"native_area: {area} is not accepted; accepted: [low, high] with 0 < low <= high, and 2^high at most "
+                f"the {budget} patches of a batch"
+            )
+        return area[0], area[1]
 
     @cached_property
     def tokens(self) -> CaptionTokenizer:
@@ -343,15 +260,24 @@ class ImageTextSet(ZooDataModule):
             listed = make_dataset(str(self.class_root), index, extensions=IMG_EXTENSIONS)
             self.labelled = [path for path, _ in listed], torch.tensor([label for _, label in listed])
 
+    def _pairs(self, part: str) -> Pairs:
+        train = part == "train"
+        rows, places = self.parts[part]
+        options: dict[str, Any] = {"rows": rows, "places": places, "tokenizer": self.tokens, "pad_id": self.pad_id}
+        options |= {"size": self.batch_size if train else self.eval_batch_size, "seed": self.data_seed, "train": train}
+        if self.native is not None:
+            return NativePairs(self.native, **options)
+        return Pairs(transform=self.transforms[0 if train else 1], **options)
+
     def train_dataloader(self) -> ResumableLoader:
         """Serve `ImageTextBatch`, augmented."""
-        return self.loader(_Pairs(self, *self.parts["train"], train=True))
+        return self.loader(self._pairs("train"))
 
     def val_dataloader(self) -> ResumableLoader:
         """Serve `ImageTextBatch` of some labelled images, if there is a `class_root`, else of validation pairs."""
         if self.class_root is not None:
             return self.loader(_Classes(self, self.val_images), same_every_epoch=True)
-        return self.loader(_Pairs(self, *self.parts["val"], train=False), same_every_epoch=True)
+        return self.loader(self._pairs("val"), same_every_epoch=True)
 
     def test_dataloader(self) -> ResumableLoader:
         """Serve `ImageTextBatch` of the labelled images, if there is a `class_root`, else of the validation pairs."""

@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer, seed_everything
 import zoo.main
 from datamodules.images import Digits
 from tests.nn.test_distributed import on_two_ranks
+from zoo.methods.aimv2.figures import KEPT, keep
 from zoo.methods.aimv2.module import AIMv2
 from zoo.methods.aimv2.probe import AIMv2Probe
 from zoo.methods.aimv2.ridge import RidgeProbe
@@ -189,6 +190,19 @@ def test_a_run_reports_the_probe_that_validates_best():
     assert set(probe.figures()) == {"probes", "attention"}
     predictions: Any = trainer.predict(probe, trainer.datamodule)
     assert torch.cat(predictions).sum(1).allclose(torch.ones(len(torch.cat(predictions))))
+
+
+def test_pictures_of_a_campaign_are_kept(tmp_path: Path):
+    for name, run_name in KEPT.items():
+        folder = tmp_path / "runs" / run_name / "0" / "figures"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.png").write_bytes(name.encode())
+    (tmp_path / "out").mkdir()
+    kept = keep(tmp_path / "runs", tmp_path / "out")
+    assert {path.name: path.read_bytes().decode() for path in kept} == {f"aimv2.{name}.png": name for name in KEPT}
+    (tmp_path / "runs" / "aimv2" / "0" / "figures" / "captions.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no picture .*captions.png; `zoo reproduce aimv2` makes it"):
+        keep(tmp_path / "runs", tmp_path / "out")
 
 
 def test_the_features_are_those_of_the_checkpoint(tmp_path: Path):

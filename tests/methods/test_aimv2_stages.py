@@ -20,9 +20,11 @@ from zoo.config import load_layers
 from zoo.methods.aimv2.encoder import SIZES, build_trunk
 from zoo.methods.aimv2.export import export
 from zoo.methods.aimv2.module import AIMv2
+from zoo.methods.aimv2.probe import AIMv2Probe
 from zoo.methods.aimv2.towers import TextTower, Towers
 
 COLOURS = {"red": (230, 30, 30), "blue": (20, 40, 220)}
+CONFIGS = Path(__file__).parents[2] / "configs" / "aimv2"
 TRUNK = {"patch_size": 4, "width": 16, "depth": 2, "heads": 2, "multiple_of": 16}
 SMALL = {"width": 16, "depth": 1, "heads": 2, "multiple_of": 16}
 
@@ -106,6 +108,51 @@ def test_every_stage_goes_on_from_the_one_before(files: Path, tmp_path: Path, mo
     assert probe.metrics["val/acc_linear"] > 0.6
     kept = first.model.trunk.state_dict()
     assert all(torch.equal(kept[name], value) for name, value in probe.model.trunk.state_dict().items())
+
+
+def test_the_native_stage_trains_on_images_of_their_own_shapes(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """From a first stage with fixed positions; a checkpoint with learned ones is refused."""
+    monkeypatch.chdir(tmp_path)
+    fixed = {**TRUNK, "pos_embed": "sincos"}
+
+    def fit(config: str, model: dict[str, Any], **data: Any) -> Any:
+        changes = options(files, decoder=SMALL, **model) | {f"data.init_args.{k}": v for k, v in data.items()}
+        return zoo.run("fit", config=config, overrides=changes, wandb="disabled")
+
+    first = fit("aimv2/pretrain_large", {"trunk": fixed})
+    native = {"trunk": fixed, "init_from": checkpoint(first), "init_parts": "network"}
+    second = fit("aimv2/native", native, native_patch=4, native_area=[2, 5])
+    assert math.isfinite(float(second.metrics["val/loss_pixel"]))
+    assert second.model.trunk.positions is None
+    learned = AIMv2(7, 0, 1, 6, image_size=12, trunk=TRUNK, decoder=SMALL)
+    torch.save({"state_dict": learned.state_dict()}, tmp_path / "learned.ckpt")
+    with pytest.raises(ValueError, match="weights do not fit the trunk; 1 unknown: positions"):
+        fit("aimv2/native", native | {"init_from": str(tmp_path / "learned.ckpt")}, native_patch=4, native_area=[2, 5])
+
+
+FACTS = {"vocab_size": 32000, "pad_id": 1, "eos_id": 1, "context_length": 77, "in_channels": 3, "image_size": 224}
+
+
+@pytest.mark.parametrize("config", sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem != "claims"))
+@pytest.mark.parametrize("overlay", [None, "hardware/fsdp2"])
+def test_every_config_builds_its_model(config: str, overlay: str | None):
+    layers = [f"aimv2/{config}", *([overlay] if overlay else [])]
+    merged = load_layers(layers, []).merged
+    small = {"smoke": 8, "fashion_mnist": 28, "gpu": 28, "highres": 336}
+    facts = FACTS | {"image_size": small.get(config, 224), "in_channels": 1 if small.get(config, 99) < 99 else 3}
+    with torch.device("meta"):
+        model = AIMv2(**(merged["model"]["init_args"] | facts))
+    assert count(model) > 0
+    if overlay:
+        assert merged["trainer"]["strategy"]["class_path"] == "zoo.nn.fsdp2.FullyShardedStrategy"
+    if config in ("highres", "lit", "native", "pretrain_large"):
+        assert 0.29e9 < count(model.trunk) < 0.32e9
+    probe = config if config in ("smoke", "fashion_mnist", "gpu") else "probe_imagenet"
+    values = load_layers([f"aimv2_probe/{probe}"], []).merged["model"]["init_args"]
+    with torch.device("meta"):
+        AIMv2Probe(num_classes=10, image_size=facts["image_size"], **(values | {"in_channels": facts["in_channels"]}))
 
 
 def test_mistakes_are_short_errors(

@@ -1,8 +1,16 @@
-"""Pictures of what was learned."""
+"""Pictures of what was learned.
+
+    python -m zoo.methods.aimv2.figures [runs/reproduce/aimv2/cpu] [results]
+
+keeps those of the first seed of `zoo reproduce aimv2` beside its results.
+"""
 
 from __future__ import annotations
 
+import argparse
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -89,3 +97,34 @@ def probe_figure(curves: Mapping[str, Sequence[float]], steps: Sequence[int]) ->
     axes.set(xlabel="step", ylabel="validation accuracy", title="Probes on the frozen encoder")
     axes.legend()
     return figure
+
+
+#: Pictures that are kept: the run that made each.
+KEPT = {"next_patches": "aimv2", "captions": "aimv2", "probes": "probe_aimv2", "attention": "probe_aimv2"}
+
+
+def keep(runs: Path, out: Path, seed: int = 0) -> list[Path]:
+    """Copy the pictures of a campaign to `out`, as `aimv2.<name>.png`, and return where they are.
+
+    Raises:
+        FileNotFoundError: If a run or its picture is not there.
+    """
+    sources = {name: runs / run / str(seed) / "figures" / f"{name}.png" for name, run in KEPT.items()}
+    for source in sources.values():
+        if not source.is_file():
+            raise FileNotFoundError(f"no picture {source}; `zoo reproduce aimv2` makes it")
+    return [Path(shutil.copy(source, out / f"aimv2.{name}.png")) for name, source in sources.items()]
+
+
+def main(words: list[str] | None = None) -> None:
+    """Read the command line and keep the pictures."""
+    parser = argparse.ArgumentParser(description="Keep the pictures of `zoo reproduce aimv2` beside its results.")
+    parser.add_argument("runs", type=Path, nargs="?", default=Path("runs/reproduce/aimv2/cpu"))
+    parser.add_argument("out", type=Path, nargs="?", default=Path("results"))
+    args = parser.parse_args(words)
+    for path in keep(args.runs, args.out):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
