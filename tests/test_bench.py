@@ -265,7 +265,11 @@ def test_the_page_shows_benchmarks_and_methods(tmp_path: Path) -> None:
     facts = {"hardware": hardware, "versions": {}, "commit": ""}
     write_bench(tmp_path / "x.json", comparison("x", "X takes", 3.21, "s", "<=", 3.0, {"more": 1}) | facts)
     write_bench(tmp_path / "y.json", comparison("y", "Y over Z", 18.04, "", ">=", 15.0, {}) | facts)
+    row = {"config": "a/b", "step_ms": 12.345, "shares": {"data": 0.251, "rest": 0.749}}
+    write_bench(tmp_path / "z.json", {"benchmark": "z", "parts": [row]} | facts)
     text = (tmp_path / "README.md").read_text()
+    assert "| config | step ms | data | rest |" in text
+    assert "| a/b | 12.3 | 25% | 75% |" in text
     assert "| `x` | X takes | 3.21 s | <= 3 s | **no** | A CPU |" in text
     assert "| `y` | Y over Z | 18 | >= 15 | yes | A CPU |" in text
 
