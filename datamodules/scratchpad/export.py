@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--task", choices=TASKS, default="rect_maze")
-    parser.add_argument("--size", type=int, help="cells along a side, or rings")
+    parser.add_argument("--size", type=int, help="cells along a side, rings, fixed places (cycles), or steps (strings)")
     parser.add_argument("--image-size", type=int, help="pixels")
     parser.add_argument("--difficulty", type=int, nargs=2, metavar=("LOW", "HIGH"))
     parser.add_argument("--format", choices=("folders", "huggingface", "gif"), default="folders")

@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Probe one task, or all of them, print the tables, and write them to `<output>.json` and `<output>.md`."""
     parser = argparse.ArgumentParser(prog="python -m datamodules.scratchpad.probes", description=main.__doc__)
     parser.add_argument("--task", choices=(*TASKS, "all"), default="all")
-    parser.add_argument("--size", type=int, help="cells along a side, or rings")
+    parser.add_argument("--size", type=int, help="cells along a side, rings, fixed places (cycles), or steps (strings)")
     parser.add_argument("--image-size", type=int, help="pixels")
     parser.add_argument("--difficulty", type=int, nargs=2, metavar=("LOW", "HIGH"))
     parser.add_argument("--samples", type=int, default=20000)
