@@ -83,7 +83,9 @@ def compose(options: Options) -> tuple[Layers, Path | None]:
         checkpoint = newest_readable(run_dir)
         if checkpoint is None and options.command == "fit":
             print(f"note: {run_dir} has no checkpoint yet; starting from the beginning", file=sys.stderr)
-        if checkpoint is None and options.command != "fit":
+        # a run that was never to be fitted, such as the analysis of a given model, goes on with what its config names
+        fits = runs.read_json(run_dir / "run.json").get("begun_by", "fit") == "fit"
+        if checkpoint is None and options.command != "fit" and fits:
             raise UsageError(f"{run_dir} has no checkpoint to {options.command}", "fit it first")
     elif typed.merged.get("ckpt_path"):
         checkpoint = Path(typed.merged["ckpt_path"])

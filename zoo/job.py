@@ -157,7 +157,7 @@ class Job:
         directory = runs.RunDirectory(path)
         rank_zero = runs.global_rank() == 0
         if rank_zero:
-            directory.claim(self.method, self._config_name(directory), continues)
+            directory.claim(self.method, self._config_name(directory), continues, self.options.command)
             if not (continues and self.options.command != "fit"):
                 resumed = continues and (directory.path / "config.yaml").exists()
                 directory.save_config(yaml.safe_dump(self.config, sort_keys=False), resumed)

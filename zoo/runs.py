@@ -150,8 +150,8 @@ class RunDirectory:
         """What `run.json` says."""
         return read_json(self.path / "run.json")
 
-    def claim(self, method: str, config: str, resume: bool) -> None:
-        """Create or take over the directory for this process.
+    def claim(self, method: str, config: str, resume: bool, command: str = "fit") -> None:
+        """Create or take over the directory for this process; `command` is what a new run begins with.
 
         Raises:
             UsageError: If it holds another run, or another process is using it, or it cannot be written.
@@ -179,6 +179,7 @@ class RunDirectory:
         _HELD.add(self._lock)
         if not known:
             identity = {"schema": SCHEMA_VERSION, "id": secrets.token_hex(4), "method": method, "config": config}
+            identity["begun_by"] = command
             identity["created"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             write_atomically(self.path / "run.json", json.dumps(identity, indent=1))
 

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}, 257,
     ).train()  # fmt: skip
     rows = [
-        tokenizer(f"{a} + {b}?\n")["input_ids"] + tokenizer(f"{a}{b}.\nso \\boxed{{{c}}}")["input_ids"] + [256]
+        tokenizer(f"Q {a} + {b}?\n")["input_ids"] + tokenizer(f"{a}{b}.\nso \\boxed{{{c}}}")["input_ids"] + [256]
         for a, b in ((1, 3), (2, 2))
         for c in (4, 5)
     ]
@@ -68,7 +68,7 @@ def call_of(folder: str, tmp_path: Path, **more: Any) -> dict[str, Any]:
         "data.source": "jsonl",
         "data.path": str(problems),
         "data.tokenizer": folder,
-        "data.template": "{question}\n",
+        "data.template": "Q {question}\n",
         "trainer.accelerator": "cpu",
         "trainer.precision": "32-true",
     }
