@@ -134,7 +134,8 @@ def control_transfer(bench: Bench, traces: Sequence[Trace], share: float, seed: 
             "random_chunks": draw.sample(pool, len(own)),
             "reversed": own[::-1],
         }
-        leaks[trace.key] = any(chunk[-2:-1] == [trace.problem.answer] for chunk in own)
+        answer = trace.problem.answer  # type: ignore[attr-defined]
+        leaks[trace.key] = any(chunk[-2:-1] == [answer] for chunk in own)
         for name, pieces in parts.items():
             tokens = [token for piece in pieces for token in piece]
             # one more token than is given: the end of a trace is no boundary to complete from

@@ -100,7 +100,7 @@ def measure_memory(way: str, spec: dict[str, Any]) -> int:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     tokens, rows, new = MEMORY["prefix_tokens"], MEMORY["rows"], MEMORY["new_tokens"]
-    model = build_lm({**spec, "max_position_embeddings": tokens + new}, 64)
+    model: Any = build_lm({**spec, "max_position_embeddings": tokens + new}, 64)
     prompt = torch.randint(0, 60, (tokens,)).tolist()
 
     def run(count: int) -> None:

@@ -111,6 +111,35 @@ def check_answer(text: str, reference: str, form: str) -> bool:
     return bool(verify(parse(f"${reference.strip().strip('$')}$"), parse(f"${given.strip().strip('$')}$")))
 
 
+#: Words around a value, as the references of CHAMP have them.
+_BEFORE = re.compile(
+    r"^(?:The only possible value for the limit is|The limit exists and is equal to|At (?:least|most)|Exactly)\s+"
+)
+_AFTER = re.compile(
+    r"^(\S+)\s+(?:is the only possible value|(?:(?:integer-valued|real-valued)\s+)?"
+    r"(?:pairs?|roots?|zeros?|values?|numbers?|inequalities|sequences?|times))$"
+)
+_OTHERWISE = re.compile(r",?\s+or (?:equivalently|an equivalent form such as|approximately)\s+")
+_CHOOSE = re.compile(r"\bC\(([^(),]+),\s*([^(),]+)\)")
+
+
+def plain_references(text: str) -> list[str]:
+    """Read a reference answer that is written for people: the values in it, each as good as the others.
+
+    `100 (i.e., all numbers)` is 100, `2*C(10, 5), or equivalently 504` has two forms, `-3 is the only possible value`
+    is -3. An approximation is none of the values; what is all words stays as it is.
+    """
+    text = re.sub(r"\s+\((?:i\.e\.|no |none ).*$", "", text.strip().replace("\N{MINUS SIGN}", "-"))
+    parts = _OTHERWISE.split(text)
+    if "approximately" in text:
+        parts = parts[:1]
+    out = []
+    for part in parts:
+        value = _AFTER.sub(r"\1", _BEFORE.sub("", part)).strip()
+        out.append(_CHOOSE.sub(r"\\binom{\1}{\2}", {"one": "1"}.get(value, value)))
+    return list(dict.fromkeys(out))
+
+
 def math_verify() -> tuple[Callable[[str], Any], Callable[[Any, Any], bool]]:
     """Parser and comparison of `math-verify`; a comparison that takes long counts as different.
 

@@ -6,12 +6,20 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from datamodules.loading import ResumableLoader, keyed_generator
-from datamodules.reasoning_answers import FORMS, answer_span, as_integer, check_answer, extract_answer, run_tests
+from datamodules.reasoning_answers import (
+    FORMS,
+    answer_span,
+    as_integer,
+    check_answer,
+    extract_answer,
+    plain_references,
+    run_tests,
+)
 from datamodules.reasoning_chain import ItemBatches, ReasoningData
 
 #: Ends a text that a server has ended; see `zoo.methods.cot_potential.server.END`.
@@ -61,6 +69,8 @@ class TextProblem:
         form: One of `FORMS`.
         tokenizer: A tokenizer of `transformers`, or None for the texts of a server.
         program: What stands before a model's program (`code`), such as imports.
+        others: Further forms of the right answer.
+        scorer: Judges an answer instead of the reference; 1 is right.
     """
 
     key: str
@@ -69,6 +79,8 @@ class TextProblem:
     form: str
     tokenizer: Any = field(default=None, compare=False)
     program: str = ""
+    others: tuple[str, ...] = ()
+    scorer: Callable[[str], float] | None = field(default=None, compare=False)
 
     @cached_property
     def prompt(self) -> Any:
@@ -114,9 +126,11 @@ class TextProblem:
         if not self._ended(trace):
             return False
         text = self.text(trace)
-        if self.form != "code":
-            return check_answer(text, self.reference, self.form)
-        given = extract_answer(text, "code")
+        if self.scorer is None and self.form != "code":
+            return any(check_answer(text, reference, self.form) for reference in (self.reference, *self.others))
+        given = extract_answer(text, self.form)
+        if self.scorer is not None:
+            return given is not None and self.scorer(given) >= 1
         return given is not None and run_tests(f"{self.program}{given}", self.reference)
 
     def text(self, tokens: Any) -> str:
@@ -252,6 +266,9 @@ class ReasoningProblems(ReasoningData):
             if value is None or not str(value).strip():
                 what = "question" if name == source.question else "reference answer"
                 raise ValueError(f"problem {key!r} of {self.path or self.source} has no {what} (field {name!r})")
+        others: list[str] = []
+        if self.source == "champ":
+            reference, *others = plain_references(str(reference))
         form = self.form or source.form or ("math" if as_integer(str(reference)) is None else "integer")
         program = ""
         if self.source == "gpqa":
@@ -262,7 +279,8 @@ class ReasoningProblems(ReasoningData):
             # the model writes the whole function; its imports stand in the question
             program, reference = str(question).partition("def ")[0], f"{reference}\ncheck({row['entry_point']})\n"
         template = self.template or (_CODE_TEMPLATE if form == "code" else _TEMPLATE)
-        return TextProblem(key, template.format(question=question), str(reference), form, self.tokenizer, program)
+        asked = template.format(question=question)
+        return TextProblem(key, asked, str(reference), form, self.tokenizer, program, tuple(others), row.get("scorer"))
 
     def _choices(self, question: str, row: dict[str, Any], number: int) -> tuple[str, str]:
         """Question with its choices in an order of the seed, and the letter of the right one."""
@@ -359,14 +377,18 @@ def _read_champ(data: ReasoningProblems) -> list[dict[str, Any]]:
 
 
 def _read_gym(data: ReasoningProblems) -> list[dict[str, Any]]:
-    """Generated problems of a task of reasoning-gym; their answers are compared as texts of our forms."""
+    """Generated problems of a task of reasoning-gym, which judges answers itself: often several are right."""
     try:
         import reasoning_gym
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "these tasks are the package reasoning-gym: pip install 'method-zoo[reasoning]'"
         ) from error
-    return list(reasoning_gym.create_dataset(data.path, size=data.num_problems or 100, seed=data.data_seed))
+    try:
+        rows = reasoning_gym.create_dataset(data.path, size=data.num_problems or 100, seed=data.data_seed)
+    except ValueError as error:
+        raise ValueError(f"path: {data.path!r} is no task of reasoning-gym: {error}") from error
+    return [{**row, "scorer": partial(rows.score_answer, entry=row)} for row in rows]
 
 
 _READERS: dict[str, Callable[[ReasoningProblems], list[dict[str, Any]]]] = {

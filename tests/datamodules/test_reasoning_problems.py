@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from datamodules.reasoning_answers import as_integer, check_answer, extract_answer, math_verify, run_tests
+from datamodules.reasoning_answers import (
+    as_integer,
+    check_answer,
+    extract_answer,
+    math_verify,
+    plain_references,
+    run_tests,
+)
 from datamodules.reasoning_problems import END, ReasoningProblems, TextProblem
 
 
@@ -172,11 +179,65 @@ def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         _ = ReasoningProblems("reasoning_gym", "basic_arithmetic").problems
 
 
+@pytest.mark.parametrize(
+    ("written", "values"),
+    [
+        ("100 (i.e., all numbers)", ["100"]),
+        ("-3 is the only possible value", ["-3"]),
+        ("At most 0 integer-valued roots (i.e., no integer roots)", ["0"]),
+        ("2*C(10, 5), or equivalently 504", [r"2*\binom{10}{5}", "504"]),
+        ("5/14, or approximately 35.7%", ["5/14"]),
+        ("The limit exists and is equal to (a+3b)/2", ["(a+3b)/2"]),
+        ("(x+1)(x-1) (i.e., two factors (of (many)))", ["(x+1)(x-1)"]),
+        ("Exactly one sequence", ["1"]),
+        ("No such values", ["No such values"]),
+        ("There are no prime numbers in the sequence", ["There are no prime numbers in the sequence"]),
+        ("x=1, y=1 and x=3, y=2", ["x=1, y=1 and x=3, y=2"]),
+    ],
+)
+def test_references_that_are_written_for_people(written: str, values: list[str]) -> None:
+    assert plain_references(written) == values
+
+
+def test_one_of_several_forms_will_do() -> None:
+    problem = TextProblem("a", "q", "2", "integer", others=("3",))
+    assert [problem.judge(f"\\boxed{{{x}}}{END}") for x in (2, 3, 4)] == [True, True, False]
+
+
+def test_a_task_judges_its_own_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rows(list[dict[str, Any]]):
+        def score_answer(self, answer: str | None, entry: dict[str, Any]) -> float:
+            return 1.0 if answer and sorted(answer) == sorted(entry["answer"]) else 0.01
+
+    gym: Any = types.ModuleType("reasoning_gym")
+    gym.create_dataset = lambda name, size, seed: Rows([{"question": "an anagram of abc", "answer": "cab"}] * size)
+    monkeypatch.setitem(sys.modules, "reasoning_gym", gym)
+    problem = ReasoningProblems("reasoning_gym", "anagrams", num_problems=2).problems[1]
+    assert [problem.judge(f"\\boxed{{{x}}}{END}") for x in ("cab", "bca", "abd")] == [True, True, False]
+    assert not problem.judge("\\boxed{cab}")  # it has not ended
+    assert not problem.judge(f"cab{END}")
+
+
 def test_the_real_champ() -> None:
     pytest.importorskip("champ_dataset")
     problems = ReasoningProblems("champ").problems
     assert len(problems) == 270
     assert {p.form for p in problems} == {"integer", "math"}
+    pytest.importorskip("math_verify")
+    assert all(p.judge(f"So \\boxed{{{r}}}{END}") for p in problems for r in (p.reference, *p.others))
+
+
+@pytest.mark.parametrize("task", ["countdown", "word_sorting", "knights_knaves", "basic_arithmetic"])
+def test_the_real_reasoning_gym(task: str) -> None:
+    pytest.importorskip("reasoning_gym")
+    data = ReasoningProblems("reasoning_gym", task, num_problems=10, data_seed=3)
+    for problem in data.problems:
+        assert problem.judge(f"So \\boxed{{{problem.reference}}}{END}")
+        assert not problem.judge(f"So \\boxed{{nothing}}{END}")
+    again = ReasoningProblems("reasoning_gym", task, num_problems=10, data_seed=3).problems
+    assert [p.question for p in again] == [p.question for p in data.problems]
+    with pytest.raises(ValueError, match="path: 'no_such_task' is no task of reasoning-gym"):
+        _ = ReasoningProblems("reasoning_gym", "no_such_task").problems
 
 
 def test_bad_input(tmp_path: Path) -> None:

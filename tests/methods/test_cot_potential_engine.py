@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -287,46 +288,53 @@ def grammar_leaves(problem: Any, prefix: tuple[int, ...] = ()) -> list[tuple[int
     return [leaf for token in next_tokens(problem, prefix) for leaf in grammar_leaves(problem, (*prefix, token))]
 
 
-def test_estimates_of_a_trained_model_are_the_sums_over_its_tree() -> None:
+def test_completions_of_a_trained_model_have_the_probabilities_of_its_tree() -> None:
     torch.manual_seed(0)
     task = ChainTask(p=5, steps=2, hard=(1,), operands=(1, 2))
     writer = Writer(0.4, 0.3, 0.5, 0.25)
-    lm: Any = build_lm({"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+    lm: Any = build_lm({"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
                         "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64},
                        len(task.words)).train()  # fmt: skip
-    batches = ChainTraces(task, writer, 32, 150, 0, "train")
+    batches, steps = ChainTraces(task, writer, 32, 120, 0, "train"), 120
     optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-2)
-    for step in range(150):
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
         batch = batches.batch(0, step)
         trace_loss(lm(input_ids=batch["input_ids"]).logits, batch["labels"]).backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     lm.eval()
     problem = ChainProblem(task, 3, (("H", 2), ("+", 1)), writer, "tree")
     leaves = grammar_leaves(problem)
     assert len(leaves) == 50  # 5 guesses; 5 first values, each with 1 + 4 * 2 ways through the second step
-    prompt = problem.prompt
     logprob = []
     for leaf in leaves:
         with torch.no_grad():
-            logits = lm(input_ids=torch.tensor([[*prompt, *leaf]])).logits[0, len(prompt) - 1 : -1]
+            logits = lm(input_ids=torch.tensor([[*problem.prompt, *leaf]])).logits[0, len(problem.prompt) - 1 : -1]
         logprob.append(logits.double().log_softmax(-1).gather(1, torch.tensor(leaf)[:, None])[:, 0])
     engine = LocalEngine(lm, [task.ids["EOS"]], Policy(budget=40, seed=3))
-    right = next(x for x in leaves if problem.judge(list(x)) and task.ids["TRY"] in x and task.ids["NO"] in x)
+    right = next(x for x in leaves if problem.judge(list(x)) and task.ids["NO"] in x)
     trace = make_trace(problem, list(right), CHUNKER, "t")
-    n, widths = 3000, []
-    curve = sample_curves(engine, [trace], n, SampleStore(None), reuse=False)[0]
-    for cut, pot in zip(trace.boundaries[:-1], curve.pot.tolist(), strict=False):
-        inside = [
-            (float(lp[cut:].sum().exp()), problem.judge(list(leaf)))
+    opened = engine.open("t", problem.prompt, trace.tokens, trace.boundaries[:-1])
+    n = 2000
+    for k, cut in enumerate(trace.boundaries[:-1]):
+        drawn = engine.complete([Job(opened, cut, k, range(n))])[0]
+        counts = Counter(map(tuple, drawn))
+        expected = {
+            leaf[cut:]: n * float(lp[cut:].sum().exp())
             for leaf, lp in zip(leaves, logprob, strict=True)
             if leaf[:cut] == right[:cut]
-        ]
-        low = sum(p for p, good in inside if good)
-        outside = 1 - sum(p for p, _ in inside)  # what the model writes outside the grammar may be right or not
-        noise = 4 * (max(low, 0.01) * 1 / n) ** 0.5
-        assert low - noise <= pot <= low + outside + noise
-        widths.append(outside)
-    assert len(widths) == 5
-    assert min(widths) > 0
-    assert max(widths) < 0.2
+        }
+        often = {leaf: m for leaf, m in expected.items() if m > 8}
+        rest = n - sum(often.values())
+        bins = [(counts[leaf], m) for leaf, m in often.items()]
+        bins += [(n - sum(seen for seen, _ in bins), rest)] if rest > 8 else []
+        statistic = sum((seen - m) ** 2 / m for seen, m in bins)
+        assert statistic < chi2.ppf(0.9998, len(bins) - 1 if rest > 8 else len(bins))
+        # what is certain of the potential: the right leaves, and at most what is outside the grammar besides
+        low = sum(m for leaf, m in expected.items() if problem.judge([*right[:cut], *leaf])) / n
+        outside = 1 - sum(expected.values()) / n
+        share = sum(problem.judge([*right[:cut], *tokens]) for tokens in drawn) / n
+        noise = 4 * (max(low * (1 - low), 0.01) / n) ** 0.5
+        assert low - noise <= share <= low + outside + noise

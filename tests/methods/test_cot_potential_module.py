@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from matplotlib import pyplot
 
 from datamodules.reasoning_chain import ChainTraces
 from datamodules.reasoning_chain_task import ChainProblem, ChainTask, Writer
 from tests.methods.cot_toy import PROBLEM, TASK, WRITER, TabularLM
 from zoo.methods.cot_potential.curves import Chunker, make_trace, sample_curves
 from zoo.methods.cot_potential.engine import LocalEngine
+from zoo.methods.cot_potential.figures import events_figure
 from zoo.methods.cot_potential.losses import Thresholds
 from zoo.methods.cot_potential.metrics import all_metrics, curve_metrics, pass_metrics
 from zoo.methods.cot_potential.module import CoTPotential
 from zoo.methods.cot_potential.proxies import trace_proxies
-from zoo.methods.cot_potential.report import colour, report_html, write_rows
+from zoo.methods.cot_potential.report import colour, log_report, report_html, write_report, write_rows
 from zoo.methods.cot_potential.store import SampleStore
 from zoo.methods.cot_potential.streams import Policy
 from zoo.methods.cot_potential.studies import (
@@ -153,6 +156,45 @@ def test_report_colours_gains_and_escapes_texts(tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "curves.jsonl").read_text(encoding="utf-8"))
     assert stored["exact"][0] is None
     assert stored["pot"] == rows[0]["pot"]
+
+
+def test_wandb_gets_the_page_and_a_table_of_events(tmp_path: Path) -> None:
+    wandb = pytest.importorskip("wandb")
+    from lightning.pytorch.loggers import WandbLogger
+
+    class Recorder(WandbLogger):
+        def __init__(self) -> None:
+            self.media: dict[str, Any] = {}
+            self.tables: dict[str, Any] = {}
+
+        @property
+        def experiment(self) -> Any:  # type: ignore[override]
+            return SimpleNamespace(log=self.media.update)
+
+        def log_table(self, key: str, columns: Any = None, data: Any = None, **kwargs: Any) -> None:
+            self.tables[key] = [dict(zip(columns, row, strict=True)) for row in data]
+
+    bench, logger = bench_of([PROBLEM]), Recorder()
+    rows = study_curves(bench, correct_traces(bench, [PROBLEM], [[]]))
+    path = write_report(tmp_path / "report.html", rows, {"insight_rate": 0.5}, Thresholds())
+    log_report([object(), logger], path, rows)
+    assert isinstance(logger.media["report"], wandb.Html)
+    (event,) = logger.tables["curves"]
+    assert event["key"] == rows[0]["key"]
+    assert event["insights"] == str(rows[0]["insights"])
+
+
+def test_the_figure_of_events_marks_each_one(problems: list[ChainProblem]) -> None:
+    bench = bench_of(problems)
+    rows = study_curves(bench, correct_traces(bench, problems, [[] for _ in problems]))
+    axis, bars, _ = events_figure(rows).axes
+    for line, name in zip(axis.lines, ("insights", "tangents"), strict=True):
+        assert len(line.get_xdata()) == sum(len(row[name]) for row in rows)  # type: ignore[arg-type]
+    widths = [patch.get_width() for patch in bars.patches]  # type: ignore[attr-defined]
+    assert sum(widths) == sum(len(row["insights"]) + len(row["tangents"]) for row in rows)
+    unknown = [{**row, "kinds": [""] * len(row["kinds"])} for row in rows]
+    assert len(events_figure(unknown).axes) == 2  # the map and its scale
+    pyplot.close("all")
 
 
 def test_given_traces_must_have_an_answer() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from matplotlib import pyplot
@@ -19,6 +20,7 @@ def all_figures(rows: Mapping[str, Rows]) -> dict[str, Figure]:
     makers = {
         "curves": ("curves", curves_figure),
         "mean_curve": ("curves", mean_figure),
+        "events": ("curves", events_figure),
         "pass_at_k": ("pass_at_k", pass_figure),
         "transfer": ("transfer", transfer_figure),
         "optimised": ("optimise", optimise_figure),
@@ -45,6 +47,36 @@ def curves_figure(rows: Rows) -> Figure:
         axis.set(ylim=(-0.03, 1.03), ylabel="potential")
     axes[0, 0].legend(fontsize=7, loc="lower right")
     axes[-1, 0].set_xlabel("tokens of the trace")
+    return figure
+
+
+def events_figure(rows: Rows) -> Figure:
+    """All traces, chunk by chunk: gain as colour, insights and tangents as marks; what the events fell on, if known."""
+    shown = sorted(rows, key=lambda r: (len(r["pot"]), r["late_guess"], r["insights"], r["tangents"]))
+    most = max(len(row["pot"]) - 1 for row in shown)
+    gains = [[b - a for a, b in pairwise(r["pot"])] + [math.nan] * (most + 1 - len(r["pot"])) for r in shown]
+    kinds = sorted({kind for row in shown for kind in row["kinds"]} - {""})
+    figure, axes = pyplot.subplots(
+        1, 2 if kinds else 1, figsize=(9 if kinds else 6, 0.6 + max(2.4, min(7, 0.09 * len(shown)))),
+        squeeze=False, layout="constrained", width_ratios=(3, 2) if kinds else None,
+    )  # fmt: skip
+    axis = axes[0, 0]
+    image = axis.imshow(gains, aspect="auto", cmap="RdYlGn", vmin=-1, vmax=1, interpolation="nearest")
+    marks = (("insights", "^", "insight"), ("tangents", "v", "tangent"))
+    for name, mark, label in marks:
+        spots = [(k, y) for y, row in enumerate(shown) for k in row[name]]
+        axis.plot(*zip(*spots, strict=True) if spots else ([], []), mark, color="k", markersize=3, label=label)
+    axis.set(xlabel="chunk", ylabel="trace", yticks=[])
+    axis.legend(fontsize=7, loc="upper right")
+    figure.colorbar(image, ax=axis, label="change of the potential")
+    if kinds:
+        bars = axes[0, 1]
+        for shift, (name, _, label) in zip((-0.2, 0.2), marks, strict=True):
+            hit = [row["kinds"][k] for row in shown for k in row[name]]
+            bars.barh([i + shift for i in range(len(kinds))], [hit.count(kind) for kind in kinds], 0.4, label=label)
+        bars.set_yticks(range(len(kinds)), kinds)
+        bars.set_xlabel("events on chunks of a kind")
+        bars.legend(fontsize=7)
     return figure
 
 
