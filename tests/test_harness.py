@@ -245,5 +245,10 @@ def test_the_real_harness_gives_the_naive_numbers(harness: Any, tmp_path: Path) 
     assert found["letters_text/bits_per_byte"] == pytest.approx(bits, rel=1e-5)
     assert found["accuracy"] == pytest.approx((0.75 + sum(greedy) / 4 + 0.5) / 3)
     assert harness.evaluate(lm, ["letters_choice"], include=folder, limit=3, shipped=False)["letters_choice/acc"] == 1.0
+    task = folder / "letters_choice.yaml"
+    task.write_text(task.read_text() + "unsafe_code: true\n")
+    with pytest.raises(ValueError, match="unsafe"):
+        harness.evaluate(lm, ["letters_choice"], include=folder, shipped=False)
+    assert harness.evaluate(lm, ["letters_choice"], include=folder, shipped=False, run_code=True)["accuracy"] == 0.75
     with pytest.raises(ValueError, match="tasks: nonsense not known to the harness; accepted"):
         harness.evaluate(lm, ["letters_choice", "nonsense"], include=folder, shipped=False)

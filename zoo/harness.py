@@ -68,6 +68,12 @@ class HarnessLM(LM):
             raise ValueError(f"batch_size: {batch_size} is not accepted; accepted: 1 or more")
         self.tokenizer, self.context, self.batch_size = tokenizer, context, batch_size
         self.max_new_tokens, self.prefix = max_new_tokens, list(prefix)
+        self._device = torch.device("cpu")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._device
 
     @abstractmethod
     def logits(self, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
@@ -193,6 +199,7 @@ def evaluate(
     limit: int | None = None,
     shots: int | None = None,
     shipped: bool = True,
+    run_code: bool = False,
 ) -> dict[str, float]:
     """Evaluate a model on tasks of the harness.
 
@@ -203,13 +210,14 @@ def evaluate(
         limit: Most examples of each task; None for all.
         shots: Examples in each prompt; None for what the task says.
         shipped: Whether the harness's own tasks are looked up; without them it starts sooner.
+        run_code: Whether tasks such as HumanEval may run what the model writes.
 
     Returns:
         Each metric as `task/metric`, its standard error as `task/metric_stderr`, and `accuracy`: the plain mean over
         the tasks that count right answers.
 
     Raises:
-        ValueError: If there is no such task.
+        ValueError: If there is no such task, or it would run code of the model and may not.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -227,6 +235,7 @@ def evaluate(
         num_fewshot=shots,
         bootstrap_iters=_BOOTSTRAP,
         log_samples=False,
+        confirm_run_unsafe_code=run_code,
     )
     return metrics(content["results"])
 

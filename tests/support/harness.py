@@ -50,7 +50,7 @@ def importable(module: str) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         if not INSTALLED:
             stub = types.ModuleType("lm_eval.api.model")
-            stub.LM = type("LM", (), {"_device": None, "device": property(lambda self: self._device)})  # type: ignore[attr-defined]
+            stub.LM = type("LM", (), {})  # type: ignore[attr-defined]
             for name in ("lm_eval", "lm_eval.api"):
                 patch.setitem(sys.modules, name, types.ModuleType(name))
             patch.setitem(sys.modules, "lm_eval.api.model", stub)

@@ -35,6 +35,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=8, help="texts that are scored at a time (default: 8)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer, if the task says nothing")
     parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
+    parser.add_argument("--run-code", action="store_true", help="let tasks such as humaneval run what the model writes")
     parser.add_argument("--out", type=Path, help="table to write, .csv or .json")
     args = parser.parse_args(argv)
     for option in ("shots", "limit", "batch_size", "max_new_tokens"):
@@ -73,7 +74,8 @@ def table(args: argparse.Namespace) -> list[dict[str, Any]]:
     from zoo.methods.dynamoe.export import SETTINGS
 
     def measure(lm: HarnessLM) -> dict[str, float]:
-        return evaluate(lm, args.tasks.split(","), args.include, args.limit, args.shots, not args.only_included)
+        tasks, shipped = args.tasks.split(","), not args.only_included
+        return evaluate(lm, tasks, args.include, args.limit, args.shots, shipped, args.run_code)
 
     if (args.model / SETTINGS).is_file():
         from zoo.methods.dynamoe.zero_shot import load, theta_grid
@@ -92,13 +94,9 @@ def table(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise UsageError(f"{args.model} trained one model alone", "accepted: a run with mode: predict")
     if encoder is None:
         raise UsageError(f"the data of {args.model} are no text", "accepted: a run whose data have a tokenizer")
-    make = partial(
-        KVPredictionLM,
-        Loaded(*(part.to(args.device) for part in (model.base, *model.pair))),
-        encoder,
-        args.max_new_tokens,
-        batch_size=args.batch_size,
-    )
+    model.to(args.device)
+    models = Loaded(model.base, *model.pair)
+    make = partial(KVPredictionLM, models, encoder, args.max_new_tokens, batch_size=args.batch_size)
     return [{"cache": name, **measure(make(use_base=name == "base"))} for name in ("predicted", "base")]
 
 
