@@ -13,6 +13,7 @@ import torch
 
 from datamodules import sources
 from datamodules.class_incremental import ClassIncrementalImages
+from tests.support.batches import same
 
 CLASSES, PER_CLASS = 6, 20
 #: No augmentation: the pixels of a view tell its image.
@@ -49,14 +50,6 @@ def who(view: torch.Tensor) -> list[int]:
     """Indices of the images of an unaugmented view."""
     assert (view == view[:, :, :1, :1]).all()
     return (view[:, 0, 0, 0] * 255).round().int().tolist()
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def test_facts_are_known_before_setup():

@@ -1,4 +1,4 @@
-"""Sources of images, augmentation, and the semi-supervised batches made of them."""
+"""Sources of images and the semi-supervised batches made of them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from datamodules import augment, sources
-from datamodules.augment import Augment
-from datamodules.image_folder import ImageFolders
+from datamodules import sources
 from datamodules.images import CIFAR10, Digits, FashionMNIST, draw_split
 from datamodules.loading import cycled_order
+from tests.support.batches import same
 
 
 def write_idx(path: Path, array: np.ndarray[Any, Any]) -> None:
@@ -115,118 +113,6 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "hacked").exists()
 
 
-# -- augmentation ---------------------------------------------------------------------------------------------------
-
-
-def fixed(view: Augment, n: int, **values: Any) -> dict[str, Tensor]:
-    """Parameters that leave images as they are, but for `values`."""
-    drawn = {
-        "width": torch.ones(n),
-        "height": torch.ones(n),
-        "left": torch.zeros(n),
-        "top": torch.zeros(n),
-        "flip": torch.zeros(n, dtype=torch.bool),
-    }
-    return drawn | {key: torch.as_tensor(value).expand(n) for key, value in values.items()}
-
-
-@pytest.fixture
-def photos() -> Tensor:
-    """Smooth colour images, uint8 `[6, 3, 32, 32]`."""
-    coarse = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    return (torch.nn.functional.interpolate(coarse, size=32, mode="bilinear") * 255).round().to(torch.uint8)
-
-
-def test_the_whole_image_stays_as_it_is(photos: Tensor) -> None:
-    view = Augment(32)
-    torch.testing.assert_close(view.apply(photos, fixed(view, 6)), photos.float() / 255)
-
-
-@pytest.mark.parametrize("size", [12, 32, 45])
-def test_resizing_is_that_of_torchvision(photos: Tensor, size: int) -> None:
-    from torchvision.transforms.v2 import functional as F
-
-    view = Augment(size)
-    expected = F.resize(photos.float() / 255, [size, size], antialias=True)
-    torch.testing.assert_close(view.apply(photos, fixed(view, 6)), expected, atol=1e-5, rtol=0)
-
-
-def test_a_crop_is_where_it_was_drawn(photos: Tensor) -> None:
-    view = Augment(16)
-    drawn = fixed(view, 6, width=0.5, height=0.5, left=0.25, top=0.125)
-    torch.testing.assert_close(view.apply(photos, drawn), photos[:, :, 4:20, 8:24].float() / 255)
-    drawn["flip"] = torch.ones(6, dtype=torch.bool)
-    torch.testing.assert_close(view.apply(photos, drawn), photos[:, :, 4:20, 8:24].flip(3).float() / 255)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "reference"),
-    [
-        ("brightness", 1.3, "adjust_brightness"),
-        ("brightness", 0.6, "adjust_brightness"),
-        ("contrast", 1.4, "adjust_contrast"),
-        ("contrast", 0.4, "adjust_contrast"),
-        ("saturation", 1.8, "adjust_saturation"),
-        ("hue", 0.2, "adjust_hue"),
-        ("hue", -0.4, "adjust_hue"),
-    ],
-)
-def test_changes_of_colour_are_those_of_torchvision(photos: Tensor, name: str, value: float, reference: str) -> None:
-    from torchvision.transforms.v2 import functional as F
-
-    x = photos.float() / 255
-    expected = getattr(F, reference)(x, value)
-    ours = augment.COLOUR_CHANGES[name](x, torch.full((6, 1, 1, 1), value))
-    torch.testing.assert_close(ours, expected, atol=2e-3 if name != "hue" else 2e-2, rtol=0)
-
-
-def test_blur_is_that_of_torchvision_away_from_the_border(photos: Tensor) -> None:
-    from torchvision.transforms.v2 import functional as F
-
-    view = Augment(32, blur=1.0)
-    ours = view.apply(photos, fixed(view, 6, sigma=1.5))
-    expected = F.gaussian_blur(photos.float() / 255, [13, 13], [1.5, 1.5])
-    torch.testing.assert_close(ours[:, :, 6:-6, 6:-6], expected[:, :, 6:-6, 6:-6], atol=1e-3, rtol=0)
-
-
-def test_solarisation_inverts_what_is_bright(photos: Tensor) -> None:
-    view = Augment(32, solarize=1.0)
-    x = photos.float() / 255
-    torch.testing.assert_close(view.apply(photos, fixed(view, 6, solarize=True)), torch.where(x >= 0.5, 1 - x, x))
-
-
-def test_drawn_parameters_follow_their_distributions() -> None:
-    view = Augment(28, scale=(0.2, 0.5), flip=0.3, brightness=0.4, jitter=0.8, blur=0.5, grey=0.2)
-    drawn = view.draw(20000, torch.Generator().manual_seed(0))
-    area = drawn["width"] * drawn["height"]
-    assert area.max() <= 0.5 + 1e-5
-    assert float(area.mean()) == pytest.approx(0.35, abs=0.01)
-    assert (drawn["left"] + drawn["width"]).max() <= 1 + 1e-6
-    assert float(drawn["flip"].float().mean()) == pytest.approx(0.3, abs=0.02)
-    assert float((drawn["brightness"] != 1).float().mean()) == pytest.approx(0.8, abs=0.02)
-    assert float((drawn["sigma"] > 0).float().mean()) == pytest.approx(0.5, abs=0.02)
-
-
-def test_every_image_has_an_augmentation_of_its_own(photos: Tensor) -> None:
-    view = Augment(32, scale=(0.3, 1.0), brightness=0.4)
-    out = view(photos[:1].expand(6, -1, -1, -1), torch.Generator().manual_seed(0))
-    assert len({float(image.sum()) for image in out}) == 6
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"sacle": [0.1, 1.0]}, r"views\[0\].sacle.*did you mean 'scale'"),
-        ({"scale": [0.9, 0.1]}, r"views\[0\].scale: \[0.9, 0.1\]"),
-        ({"flip": 2}, "flip: 2 is no probability"),
-        ({"count": 0}, r"count: 0 is not accepted"),
-    ],
-)
-def test_a_wrong_view_is_explained(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        FashionMNIST(views=[options])
-
-
 # -- batches --------------------------------------------------------------------------------------------------------
 
 
@@ -252,11 +138,6 @@ def small(**options: Any) -> Digits:
     data.setup("fit")
     data.setup("test")
     return data
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two batches hold the same tensors."""
-    return all(torch.equal(x, y) for key in a for x, y in zip(list(a[key]), list(b[key]), strict=True))
 
 
 def test_batches_have_the_shapes_that_the_contract_says() -> None:
@@ -330,75 +211,3 @@ def test_stored_labels_are_used_again(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(ValueError, match="holds no `labelled_indices`"):
         small(labels_file=str(path))
-
-
-# -- folders of files -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> Path:
-    """Two classes of twelve training and three test images."""
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    for part, n in (("train", 12), ("val", 3)):
-        for c, name in enumerate(("n01", "n02")):
-            (tmp_path / part / name).mkdir(parents=True)
-            for i in range(n):
-                pixels = rng.integers(0, 128, (40, 50, 3), dtype=np.uint8) + np.uint8(100 * c)
-                Image.fromarray(pixels).save(tmp_path / part / name / f"{name}_{i}.JPEG")
-    return tmp_path
-
-
-def image_folders(root: Path, **options: Any) -> ImageFolders:
-    """The folders, ready for training and test."""
-    given = {"image_size": 32, "batch_size": 8, "labelled_batch_size": 4, "labels_per_class": 2, "num_workers": 0}
-    data = ImageFolders(root=str(root), **{**given, **options})  # type: ignore[arg-type]
-    data.setup("fit")
-    data.setup("test")
-    return data
-
-
-def test_folders_give_the_same_kind_of_batch(folders: Path) -> None:
-    data = image_folders(folders, views=[{"count": 2}, {"size": 16}])
-    batch = data.train_dataloader()._loader.dataset.batch(0, 1)
-    assert [tuple(view.shape) for view in batch["views"]] == [(8, 3, 32, 32)] * 2 + [(8, 3, 16, 16)]
-    assert batch["labelled"].shape == (4, 3, 32, 32)
-    # brightness tells the class, so images and classes belong together
-    assert ((batch["views"][0].mean(dim=(1, 2, 3)) > 0.6) == batch["unlab_target"].bool()).all()
-    again = image_folders(folders, views=[{"count": 2}, {"size": 16}])
-    assert same(batch, again.train_dataloader()._loader.dataset.batch(0, 1))
-    assert torch.cat([b["target"] for b in data.test_dataloader()]).tolist() == [0, 0, 0, 1, 1, 1]
-
-
-def test_reading_folders_leaves_the_global_generator_alone(folders: Path) -> None:
-    before = torch.get_rng_state()
-    image_folders(folders).train_dataloader()._loader.dataset.batch(0, 0)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_label_lists_name_files(folders: Path, tmp_path: Path) -> None:
-    listed = tmp_path / "list.txt"
-    listed.write_text("n01_3.JPEG\nn02_7.JPEG\n")
-    data = image_folders(folders, label_list=str(listed))
-    assert [Path(data.paths[i]).name for i in data.split["labelled"]] == ["n01_3.JPEG", "n02_7.JPEG"]
-    listed.write_text("n03_1.JPEG\n")
-    with pytest.raises(ValueError, match=r"list.txt names 1 files that are not in"):
-        image_folders(folders, label_list=str(listed))
-
-
-def test_a_truncated_or_vanished_image_is_named(folders: Path) -> None:
-    for path in folders.glob("train/*/*"):
-        path.write_bytes(path.read_bytes()[:300])
-    batches = image_folders(folders).train_dataloader()._loader.dataset
-    with pytest.raises(ValueError, match=r"image .*\.JPEG is damaged"):
-        batches.batch(0, 0)
-    for path in folders.glob("train/*/*"):
-        path.unlink()
-    with pytest.raises(FileNotFoundError, match="has vanished"):
-        batches.batch(0, 0)
-
-
-def test_missing_folders_say_what_is_expected(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="train/<class>"):
-        ImageFolders(root=str(tmp_path)).prepare_data()

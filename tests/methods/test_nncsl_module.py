@@ -1,87 +1,17 @@
-"""NNCSL as a module: what reaches which loss, the switch of tasks, all arms, checkpoints and two ranks."""
+"""NNCSL as a module: what reaches which loss, the switch of tasks, the optimiser, and two ranks."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor
 
-import zoo.main
-from datamodules.class_incremental import ClassIncrementalImages
+from tests.methods.nncsl_toy import ARMS, SUPERVISED, disturbed, in_second_task, make_batch, make_model, step
 from tests.nn.test_distributed import on_two_ranks
-from zoo.methods.nncsl.metrics import accuracy_matrix, stream_metrics
-from zoo.methods.nncsl.module import NNCSL
 from zoo.methods.nncsl.networks import Network, official_resnet18, parameter_groups
-
-SUPERVISED: dict[str, Any] = {"w_paws": 0.0, "w_me": 0.0, "w_dist": 0.0}
-ARMS: dict[str, dict[str, Any]] = {
-    "nncsl": {},
-    "csl": {"w_dist": 0.0},
-    "csl_logit_kd": {"distill": "logits"},
-    "csl_feat_kd": {"alpha": 1.0},
-    "paws": {"w_dist": 0.0, "mask": False, "detach": True},
-    "paws_attached": {"w_dist": 0.0, "mask": False},
-    "er": SUPERVISED,
-    "derpp": {**SUPERVISED, "w_replay": 0.5},
-    "finetune": {**SUPERVISED, "bn_after_first_task": "train"},
-}
-
-
-def make_model(**changes: Any) -> NNCSL:
-    arguments: dict[str, Any] = {"num_classes": 6, "num_tasks": 3, "in_channels": 1, "projector": [8, 8]}
-    arguments |= {"backbone": {"name": "small_conv", "channels": [4, 8]}, "optimizer": "sgd", "lr": 0.05}
-    arguments |= {"start_lr": 0.01, "final_lr": 0.001, "warmup_steps": 2, "w_lin": 1.0, "w_dist": 1.0}
-    torch.manual_seed(0)
-    return NNCSL(**(arguments | changes))
-
-
-def make_batch(task: int, step: int = 0, seed: int = 0, small: int = 1) -> dict[str, Any]:
-    """Noise in the form of a batch: 4 unlabelled images, 2 supports of each seen class in 2 views."""
-    generator = torch.Generator().manual_seed(seed)
-    y = torch.arange(2 * (task + 1)).repeat(2)
-    return {
-        "task": task,
-        "step": step,
-        "steps": 10,
-        "views": [torch.randn(4, 1, size, size, generator=generator) for size in [8, 8] + [6] * small],
-        "supports": [torch.randn(len(y), 1, 8, 8, generator=generator) for _ in range(2)],
-        "support_y": y,
-        "support_index": 100 + torch.arange(len(y)),
-        "exemplars": torch.randn(4 if task and not step else 0, 1, 8, 8, generator=generator),
-        "exemplar_index": 100 + torch.arange(4 if task and not step else 0),
-    }
-
-
-def step(model: NNCSL, batch: dict[str, Any]) -> dict[str, Tensor]:
-    """Losses of one batch by name, without an update of the weights; `total` has the gradient."""
-    logged: dict[str, Tensor] = {}
-    model.log_dict = lambda values, **_: logged.update(values)  # type: ignore[method-assign, assignment]
-    total = model.training_step(batch, 0)  # type: ignore[arg-type]
-    return {"total": total} | {key.removeprefix("train/"): value for key, value in logged.items()}
-
-
-def in_second_task(**changes: Any) -> NNCSL:
-    """A model in its second task whose teacher has other weights than the student."""
-    model = make_model(**changes)
-    step(model, make_batch(0, seed=1))
-    step(model, make_batch(1, seed=2))
-    with torch.no_grad():
-        for parameter in model.net.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def disturbed(batch: dict[str, Any], old: bool) -> dict[str, Any]:
-    """The batch with other images of old (or of new) classes among the supports."""
-    rows = (batch["support_y"] < 2) == old
-    supports = [torch.where(rows[:, None, None, None], view.flip(0) + 1, view) for view in batch["supports"]]
-    return {**batch, "supports": supports}
-
 
 # ---------------------------------------------------------------- what reaches which loss
 
@@ -272,128 +202,7 @@ def test_lars_adapts_weights_and_head_but_not_norms_and_biases():
         torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-6, msg=name)
 
 
-# ---------------------------------------------------------------- metrics
-
-
-def test_metrics_of_a_stream_by_hand():
-    total = torch.tensor([10, 20, 10])
-    correct = torch.tensor([[9, -1, -1], [5, 18, -1], [6, 10, 8]])
-    got = stream_metrics(correct, total)
-    assert got["A_T"] == pytest.approx(24 / 40)
-    assert got["A_inc"] == pytest.approx((9 / 10 + 23 / 30 + 24 / 40) / 3)
-    assert got["T1"] == pytest.approx(0.9)
-    assert got["forgetting"] == pytest.approx(((0.9 - 0.6) + (0.9 - 0.5)) / 2)
-    matrix = accuracy_matrix(correct, total)
-    assert matrix[1].tolist()[:2] == pytest.approx([0.5, 0.9])
-    assert matrix[0, 1:].isnan().all()
-    partial = stream_metrics(torch.where(torch.arange(3)[:, None] == 1, correct, -1), total)
-    assert partial == {"A_T": pytest.approx(23 / 30)}
-    assert stream_metrics(torch.full((3, 3), -1), total) == {}
-    assert set(stream_metrics(correct[:1, :1], total[:1])) == {"A_T", "A_inc", "T1"}
-
-
-# ---------------------------------------------------------------- whole runs
-
-
-def make_data(**changes: Any) -> ClassIncrementalImages:
-    arguments: dict[str, Any] = {"source": "digits", "num_tasks": 5, "labels_per_class": 4, "val_per_class": 10}
-    arguments |= {"buffer_size": 20, "supports_per_class": 2, "batch_size": 16, "steps_per_epoch": 3}
-    arguments |= {"views": [{"count": 2, "scale": [0.7, 1.0], "flip": 0.0}, {"size": 6, "flip": 0.0}]}
-    return ClassIncrementalImages(**(arguments | changes))
-
-
-def make_trainer(**changes: Any) -> Trainer:
-    arguments: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_epochs": 5}
-    arguments |= {"enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False}
-    return Trainer(**(arguments | {"gradient_clip_val": 2.0} | changes))
-
-
-@pytest.mark.parametrize("arm", [*ARMS, "joint"])
-def test_every_arm_goes_through_the_stream(arm):
-    seed_everything(0, verbose=False)
-    views = {"views": []} if arm in ("er", "derpp", "finetune") else {}
-    tasks = 1 if arm == "joint" else 5
-    data = make_data(**views, num_tasks=tasks, buffer_size=0 if arm in ("finetune", "joint") else 20)
-    model = make_model(num_classes=10, num_tasks=tasks, **ARMS.get(arm, {}))
-    trainer = make_trainer(max_epochs=tasks)
-    trainer.fit(model, data)
-    assert (model.correct >= 0).sum() == tasks * (tasks + 1) // 2
-    assert model.total.sum() == 359
-    assert {"val/acc", "val/acc_new"} <= set(trainer.callback_metrics)
-    metrics = trainer.test(model, data, verbose=False)[0]
-    assert metrics["test/acc"] == pytest.approx(metrics["test/A_T"])
-    assert metrics["test/A_T"] == pytest.approx((model.correct[-1].sum() / 359).item())
-    assert ("test/forgetting" in metrics) == (arm != "joint")
-    assert all(math.isfinite(value) for value in metrics.values())
-    predictions = torch.cat(trainer.predict(model, data))  # type: ignore[arg-type]
-    target = data.test[1]
-    assert (predictions == target).float().mean().item() == pytest.approx(metrics["test/acc"])
-    assert set(model.figures()) == {"accuracy_matrix"}
-
-
-@pytest.mark.parametrize("arm", ["nncsl", "derpp"])
-def test_a_run_goes_on_in_the_middle_of_a_task_or_is_extended(arm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The smoke config has tasks of 8 steps in 2 epochs: 13 is in mid-epoch, 24 is the end of the third task."""
-    monkeypatch.chdir(tmp_path)
-    options = {f"model.init_args.{key}": value for key, value in ARMS[arm].items()}
-
-    def final(**trainer: Any) -> Any:
-        result = zoo.run("fit", config="nncsl/smoke", overrides=options | trainer)
-        if trainer:
-            result = zoo.run(
-                "fit", resume=result.run_dir, overrides={"trainer.max_epochs": 10, "trainer.max_steps": -1}
-            )
-        return result
-
-    whole = final()
-    for stop in ({"trainer.max_steps": 13}, {"trainer.max_epochs": 6}):
-        parts = final(**stop)
-        for name, value in whole.model.state_dict().items():
-            assert torch.equal(parts.model.state_dict()[name], value), (stop, name)
-        assert (parts.run_dir / "metrics.csv").read_text() == (whole.run_dir / "metrics.csv").read_text()
-        assert parts.model.task == 4
-        assert torch.equal(parts.model.exemplars.index, whole.model.exemplars.index)
-        assert torch.equal(parts.model.exemplars.logits, whole.model.exemplars.logits)
-        assert all(seconds > 0 for seconds in parts.model.costs.seconds)
-
-
-def test_a_resume_with_another_stream_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.chdir(tmp_path)
-    assert zoo.main.main(["fit", "--config", "nncsl/smoke", "--trainer.max_epochs", "4", "--run_dir", "r"]) == 0
-    words = ["fit", "--resume", "r", "--trainer.max_epochs", "10"]
-    assert zoo.main.main([*words, "--data.class_order", "[1,0,2,3,4,5,6,7,8,9]"]) == 2
-    err = capsys.readouterr().err
-    assert "class_order: [1, 0, 2, 3, 4, 5, 6, 7, 8, 9] is not accepted: the checkpoint comes from a stream with" in err
-    assert "Traceback" not in err
-
-
-def test_loggers_of_tables_get_matrix_and_costs():
-    model, tables = make_model(), {}
-    model.correct[0, 0], model.correct[1, :2] = 3, torch.tensor([2, 1])
-    model.total += 4
-    model.costs.seconds[:2] = [1.5, 2.5]
-    logger = type("Tables", (), {"log_table": lambda self, key, **table: tables.update({key: table})})()
-    model._trainer = type("Stub", (), {"loggers": [logger]})()
-    model._log_tables()
-    table = tables["test/accuracy_matrix"]
-    assert table["columns"][:4] == ["after task", "task 1", "task 2", "task 3"]
-    assert [row[:5] for row in table["data"]] == [
-        [1, 0.75, None, None, 1.5],
-        [2, 0.5, 0.25, None, 2.5],
-        [3, None, None, None, 0.0],
-    ]
-
-
-def test_memory_does_not_grow_with_the_tasks(tmp_path: Path):
-    sizes = []
-    for epochs in (2, 5):
-        trainer = make_trainer(max_epochs=epochs)
-        trainer.fit(make_model(num_classes=10, num_tasks=5), make_data())
-        trainer.save_checkpoint(tmp_path / "a.ckpt")
-        sizes.append((tmp_path / "a.ckpt").stat().st_size)
-    assert sizes[1] - sizes[0] < 1024
+# ---------------------------------------------------------------- two ranks, and mistakes
 
 
 def two_ranks(number: int) -> dict[str, Tensor]:
