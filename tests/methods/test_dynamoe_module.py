@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zoo.methods.dynamoe import evaluation
+from zoo.methods.dynamoe import evaluation, figures
 from zoo.methods.dynamoe.evaluation import Evaluator, Point, Sequences
 from zoo.methods.dynamoe.module import DynaMoE
 from zoo.methods.dynamoe.networks import router_parameters
@@ -338,3 +338,31 @@ def test_figures_are_drawn() -> None:
     assert drawn.keys() == {"nll_over_active", "expert_use", "tokens"}
     for figure in drawn.values():
         figure.draw_without_rendering()
+
+
+def test_the_curves_of_a_results_file_are_means_over_seeds() -> None:
+    def dynamoe(shift: float) -> dict[str, float]:
+        found = {"nll_045": 3.0, "activity_045": 0.3, "nll_090": 2.0, "activity_090": 0.8, "nll_full": 1.9}
+        found |= {"nll_static_0": 4.0, "nll_static_1": 3.5, "nll_static_2": 2.5, "nll_static_0_sorted": 9.0}
+        found |= {"oracle_gain_090": -0.1, "shuffled_gain_045": 0.5, "shuffled_gain_090": 0.25, "shuffled_gain": 7.0}
+        return {f"test/{name}": value + shift * (name in ("nll_045", "activity_045")) for name, value in found.items()}
+
+    routed = {"test/nll_065": 3.2, "test/activity_065": 0.5}
+    flextron = {"test/nll_router": 2.2, "test/activity_router": 0.46}
+    runs: dict[str, Any] = {"dynamoe": {"0": dynamoe(0.0), "1": dynamoe(0.1)}, "router_only": {"0": routed}}
+    runs |= {
+        "flextron": {"0": flextron},
+        "base": {"0": {"test/nll_full": 2.1}},
+        "dense_ft": {"0": {"test/nll_full": 1.8}},
+    }
+    found = figures.curves_of({"runs": runs})
+    assert {name: [pytest.approx(pair) for pair in points] for name, points in found.items() if points} == {
+        "router": [(0.35, 3.05), (0.8, 2.0)],
+        "oracle": [(0.8, 1.9)],
+        "shuffled": [(0.35, 3.55), (0.8, 2.25)],
+        "static_width": [(0.25, 4.0), (0.5, 3.5), (0.75, 2.5)],
+        "router_only": [(0.5, 3.2)],
+        "flextron_like": [(0.46, 2.2)],
+        "dense": [(1.0, 2.1)],
+        "dense_ft": [(1.0, 1.8)],
+    }
