@@ -18,8 +18,9 @@ from lightning.pytorch.core import module
 from lightning.pytorch.trainer.connectors.logger_connector import result
 from torch import Tensor
 
+_core: Any = module
 _move: Any = result._ResultMetric.to
-_inspect: Any = getattr(module, "is_param_in_hook_signature", None)
+_inspect: Any = getattr(_core, "is_param_in_hook_signature", None)
 #: Attributes of a logged tensor that hold tensors.
 _HELD = ("value", "cumulated_batch_size", "_forward_cache", "_computed")
 #: Function -> question -> what its signature answers.
@@ -49,4 +50,4 @@ def install() -> None:
     """Take the shortcuts from now on; a second call does nothing."""
     result._ResultMetric.to = _to  # type: ignore[method-assign]
     if _inspect is not None:
-        module.is_param_in_hook_signature = _has_parameter  # type: ignore[attr-defined]
+        _core.is_param_in_hook_signature = _has_parameter
