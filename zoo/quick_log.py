@@ -19,7 +19,8 @@ from lightning.pytorch.trainer.connectors.logger_connector import result
 from torch import Tensor
 
 _core: Any = module
-_move: Any = result._ResultMetric.to
+_metric: Any = getattr(result, "_ResultMetric", None)
+_move: Any = getattr(_metric, "to", None)
 _inspect: Any = getattr(_core, "is_param_in_hook_signature", None)
 #: Attributes of a logged tensor that hold tensors.
 _HELD = ("value", "cumulated_batch_size", "_forward_cache", "_computed")
@@ -48,6 +49,7 @@ def _has_parameter(hook_fx: Any, param: str, explicit: bool = False, min_args: i
 
 def install() -> None:
     """Take the shortcuts from now on; a second call does nothing."""
-    result._ResultMetric.to = _to  # type: ignore[method-assign]
+    if _move is not None:
+        _metric.to = _to
     if _inspect is not None:
         _core.is_param_in_hook_signature = _has_parameter
