@@ -15,6 +15,7 @@ from torch import Tensor
 from datamodules.prompts import Hop
 from zoo.methods.kv_prediction.evaluation import Sums, all_arms, recoveries, score
 from zoo.methods.kv_prediction.export import load_predictor, read_facts, save_predictor
+from zoo.methods.kv_prediction.figures import pareto_figure
 from zoo.methods.kv_prediction.generation import generate, stream
 from zoo.methods.kv_prediction.losses import cache_loss, token_loss
 from zoo.methods.kv_prediction.module import KVPrediction, layer_map_of
@@ -231,6 +232,24 @@ def test_a_fit_and_a_test_measure_all_arms(tmp_path: Path) -> None:
     assert metrics["test/reduction_by_parameters"] == pytest.approx(sizes[0] / sizes[1])
     assert set(model.figures()) == {"pareto"}
     assert (tmp_path / "predictor.safetensors").is_file()
+
+
+def test_the_figure_has_each_way_by_operations_and_by_time() -> None:
+    ways = ("", "base", "layers", "truncate", "truncate_0.5", "lazyllm")
+    points = {
+        w: {"cost": i + 1.0, "ttft_ms": 10.0 * i + 10, "nll_1": 4.0 - i, "nll_16": 1.0} for i, w in enumerate(ways)
+    }
+    by_operations, by_time = pareto_figure(points).axes
+    for axis, first in ((by_operations, 1.0), (by_time, 0.5)):
+        assert [tuple(c.get_offsets()[0]) for c in axis.collections] == [
+            (first, 4.0),
+            (3 * first, 2.0),
+            (2 * first, 3.0),
+        ]
+        assert [len(line.get_xdata()) for line in axis.lines] == [2, 1]
+        assert axis.yaxis_inverted()
+    exact = {way: {key: own[key] for key in ("cost", "ttft_ms")} | {"acc": 0.5} for way, own in points.items()}
+    assert not pareto_figure(exact).axes[0].yaxis_inverted()
 
 
 # ---------------------------------------------------------------- generation

@@ -8,7 +8,21 @@ from matplotlib.figure import Figure
 
 from zoo.methods.kv_prediction.evaluation import PRUNING
 
-_LABELS = {"": "KV prediction", "base": "base", "auxiliary": "auxiliary alone", "no_prompt": "no prompt"}
+#: Ways that are one point each, by folder of metrics; the method is a star.
+LABELS = {
+    "": "KV prediction",
+    "layers": "KV prediction, layers of the base",
+    "base": "base",
+    "auxiliary": "auxiliary alone",
+    "layers_alone": "layers of the base alone",
+    "no_prompt": "no prompt",
+}
+_STARS = ("", "layers")
+
+
+def quality_of(points: Mapping[str, Mapping[str, float]]) -> tuple[str, bool]:
+    """Return the metric that quality is measured by, and whether more of it is better."""
+    return ("nll_1", False) if "nll_16" in points[""] else ("acc", True)
 
 
 def pareto_figure(points: Mapping[str, Mapping[str, float]]) -> Figure:
@@ -17,26 +31,30 @@ def pareto_figure(points: Mapping[str, Mapping[str, float]]) -> Figure:
     Args:
         points: Metrics of each way to the first token: `cost`, `ttft_ms`, and `acc` for short answers or `nll_1`.
     """
-    metric = "nll_16" if "nll_16" in points[""] else "acc"
-    figure = Figure(figsize=(9.5, 4), layout="constrained")
+    metric, more = quality_of(points)
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, by_time in zip(axes, (False, True), strict=True):
 
         def place(name: str, by_time: bool = by_time) -> tuple[float, float]:
             own = points[name]
-            x = own["ttft_ms"] / points["base"]["ttft_ms"] if by_time else own["cost"]
-            return x, own["nll_1" if metric == "nll_16" else metric]
+            return own["ttft_ms"] / points["base"]["ttft_ms"] if by_time else own["cost"], own[metric]
 
-        for name, label in _LABELS.items():
-            marker, size = ("*", 180) if name == "" else ("o", 45)
-            axis.scatter(*place(name), s=size, marker=marker, label=label, zorder=3)
+        for name in filter(points.__contains__, LABELS):
+            star = name in _STARS
+            x, y = place(name)
+            axis.scatter(
+                x, y, s=180 if star else 45, marker="*" if star else "o", label=LABELS[name], zorder=4 if star else 3
+            )
         for method in PRUNING:
             own = sorted(place(name) for name in points if name == method or name.startswith(f"{method}_"))
-            axis.plot(*zip(*own, strict=True), marker=".", label=method)
+            if own:
+                axis.plot(*zip(*own, strict=True), marker=".", linewidth=1, label=method.replace("_", " "))
         axis.set_xlabel("time to first token / base's" if by_time else "operations to first token / base's")
+        axis.set_xlim(left=-0.03)
         axis.grid(alpha=0.3)
-    if metric == "nll_16":
+    if not more:
         axes[0].invert_yaxis()
-    axes[0].set_ylabel("NLL of the first token (nats)" if metric == "nll_16" else "exact match")
-    axes[1].legend(fontsize="small")
+    axes[0].set_ylabel("exact match" if more else "NLL of the first token (nats), better upwards")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     return figure
