@@ -139,9 +139,9 @@ def merge_adapters(model: Any) -> Any:
 
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BaseTunerLayer):
-            base = layer.get_base_layer()
+            base: Any = layer.get_base_layer()
             if hasattr(base.weight, "quant_state"):
-                base = _whole(base, sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters))
+                base = _whole(base, adapter_weight(layer))
             else:
                 layer.merge()
             parent, _, child = name.rpartition(".")
@@ -153,6 +153,11 @@ def merge_adapters(model: Any) -> Any:
                 model.set_submodule(name, _whole(part))
         model.hf_quantizer.remove_quantization_config(model)
     return model
+
+
+def adapter_weight(layer: Any) -> Tensor:
+    """What the adapters of a layer add to its weights, of their shape."""
+    return torch.stack([layer.get_delta_weight(adapter) for adapter in layer.active_adapters]).sum(dim=0)
 
 
 def _whole(base: Any, delta: Tensor | float = 0.0) -> nn.Linear:
@@ -207,8 +212,7 @@ def sentence_logprobs(
     if 0 < sentence_chunk < len(input_ids):
         parts = zip(input_ids.split(sentence_chunk), mask.split(sentence_chunk), strict=True)
         passes = [checkpoint(sentence_logprobs, model, *part, head_chunk, use_reentrant=False) for part in parts]
-        logprobs, there = zip(*passes, strict=True)
-        return torch.cat(logprobs), torch.cat(there)
+        return torch.cat([values for values, _ in passes]), torch.cat([there for _, there in passes])
     positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
     counts = mask[:, 1:] & mask[:, :-1]
     labels = input_ids[:, 1:].masked_fill(~counts, IGNORE)
