@@ -200,4 +200,4 @@ class NativePairs(Pairs):
     def collate(self, views: list[Any]) -> dict[str, Tensor]:
         """Sequences, padded with zeros to the longest, and their grids."""
         patches, grids = zip(*views, strict=True)
-        return {"image": torch.nn.utils.rnn.pad_sequence(patches, batch_first=True), "grid": torch.tensor(grids)}
+        return {"image": torch.nn.utils.rnn.pad_sequence(list(patches), batch_first=True), "grid": torch.tensor(grids)}

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from zoo.methods.aimv2.module import AIMv2
@@ -55,6 +56,12 @@ def begin(model: AIMv2) -> AIMv2:
     model._trainer = SimpleNamespace(ckpt_path=None)  # type: ignore[assignment]
     model.setup("fit")
     return model
+
+
+def quiet_trainer(**changes: Any) -> Trainer:
+    """A trainer on the CPU that writes nothing."""
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler")
+    return Trainer(accelerator="cpu", **dict.fromkeys(quiet, False), **changes)
 
 
 def save(model: AIMv2, path: Path) -> str:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 
 from datamodules.image_captions import DigitsCaptions
-from tests.methods.aimv2_toy import EOS, PAD, gradient_of, make_batch, make_model, step
+from tests.methods.aimv2_toy import EOS, PAD, gradient_of, make_batch, make_model, quiet_trainer, step
 from zoo.methods.aimv2.losses import normalise_patches, patchify, pixel_errors, pooled_mean, token_errors
 
 # ---------------------------------------------------------------- the losses
@@ -170,15 +170,7 @@ def test_evaluation_does_not_depend_on_the_random_state():
             vocab_size=data.vocab_size, context_length=16, image_size=8, trunk=trunk, class_prompts=data.class_prompts
         )
         torch.manual_seed(seed)
-        trainer = Trainer(
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
-        results.append(trainer.validate(model, data, verbose=False)[0])
+        results.append(quiet_trainer().validate(model, data, verbose=False)[0])
     assert results[0] == results[1]
     assert set(results[0]) == {"val/loss_pixel", "val/loss_predict_zero", "val/loss_text"}
 

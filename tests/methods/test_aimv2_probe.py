@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer, seed_everything
 
 import zoo.main
 from datamodules.images import Digits
+from tests.methods.aimv2_toy import quiet_trainer
 from tests.nn.test_distributed import on_two_ranks
 from zoo.methods.aimv2.figures import KEPT, keep
 from zoo.methods.aimv2.module import AIMv2
@@ -157,19 +158,9 @@ def run(probe: AIMv2Probe, **changes: Any) -> tuple[Trainer, dict[str, float]]:
         labelled_view={"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "flip": 0.0},
         eval_batch_size=128,
     )
-    trainer = Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=tempfile.mkdtemp(),
-        max_steps=60,
-        val_check_interval=20,
-        check_val_every_n_epoch=None,
-        **changes,
-    )
+    folder = tempfile.mkdtemp()
+    often = {"max_steps": 60, "val_check_interval": 20, "check_val_every_n_epoch": None}
+    trainer = quiet_trainer(default_root_dir=folder, **often, **changes)
     trainer.fit(probe, data)
     return trainer, dict(trainer.test(probe, data, verbose=False)[0])
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import zoo
 import zoo.main
 from zoo.config import load_layers
+from zoo.errors import UsageError
 from zoo.methods.aimv2.encoder import SIZES, build_trunk
 from zoo.methods.aimv2.export import export
 from zoo.methods.aimv2.module import AIMv2
@@ -128,7 +129,7 @@ def test_the_native_stage_trains_on_images_of_their_own_shapes(
     assert second.model.trunk.positions is None
     learned = AIMv2(7, 0, 1, 6, image_size=12, trunk=TRUNK, decoder=SMALL)
     torch.save({"state_dict": learned.state_dict()}, tmp_path / "learned.ckpt")
-    with pytest.raises(ValueError, match="weights do not fit the trunk; 1 unknown: positions"):
+    with pytest.raises(UsageError, match="weights do not fit the trunk; 1 unknown: positions"):
         fit("aimv2/native", native | {"init_from": str(tmp_path / "learned.ckpt")}, native_patch=4, native_area=[2, 5])
 
 
