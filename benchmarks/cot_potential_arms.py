@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,8 +152,10 @@ def control_transfer(bench: Bench, traces: Sequence[Trace], share: float, seed: 
     return out
 
 
-def measure(strong: str, weak: str, problems: int, seed: int, counts: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
-    """All arms, by name; one row for each."""
+def measure(
+    strong: str, weak: str, problems: int, seed: int, counts: Sequence[int], names: Sequence[str]
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Some arms, each with its rows as soon as it is done."""
     merged = load_layers([CONFIG], []).merged
     options = merged["model"]["init_args"]
     data = ReasoningChain(**merged["data"]["init_args"] | {"data_seed": seed})
@@ -165,14 +167,18 @@ def measure(strong: str, weak: str, problems: int, seed: int, counts: Sequence[i
     traces = correct_traces(own, asked, [[] for _ in asked])
     honest = [t for t in traces if t.problem.annotate(t.tokens, t.boundaries)[0][0] != "hmm"]
     policies = ((1.0, 1.0), (0.6, 1.0), (0.6, 0.95))
-    few = asked[: max(1, problems // 2)]
-    return {
-        "transfer": [control_transfer(receiver, honest, share, seed) for share in (0.1, 0.2, 0.4)],
-        "temperature": vary_temperature(models["strong"], settings, seed, policies, problems, options["budget"]),
-        "samples": vary_samples(own, traces, counts),
-        "chunks": vary_chunks(own, traces, (0, 2, 5, 10)),
-        "candidates": vary_candidates(own, few, ((1, 0), (4, 0), (16, 0), (16, 3)), options["budget"]),
+    few = asked[: max(1, problems // 4)]
+    makers: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "transfer": lambda: [control_transfer(receiver, honest, share, seed) for share in (0.1, 0.2, 0.4)],
+        "temperature": lambda: vary_temperature(
+            models["strong"], settings, seed, policies, problems, options["budget"]
+        ),
+        "samples": lambda: vary_samples(own, traces, counts),
+        "chunks": lambda: vary_chunks(own, traces, (0, 2, 5, 10)),
+        "candidates": lambda: vary_candidates(own, few, ((1, 0), (4, 0), (16, 0), (16, 3)), options["budget"]),
     }
+    for name in names:
+        yield name, makers[name]()
 
 
 _TITLES = {
@@ -203,17 +209,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--problems", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0, help="seed of the data; that of the checkpoints")
     parser.add_argument("--counts", type=int, nargs="+", default=[8, 32, 128, 512], help="completions to compare")
+    parser.add_argument("--arms", nargs="+", default=list(_TITLES), choices=list(_TITLES))
     parser.add_argument("--out", type=Path, default=Path("results/cot_potential_arms.json"))
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    arms = measure(args.strong, args.weak, args.problems, args.seed, args.counts)
-    versions = runs.versions()
-    content = {"config": CONFIG, "seed": args.seed, "problems": args.problems, "arms": arms,
-               "hardware": runs.hardware(), "versions": versions, "commit": runs.commit()}  # fmt: skip
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    facts = f"{args.problems} problems of seed {args.seed}; torch {versions['torch']}; commit {content['commit']}."
-    args.out.with_suffix(".md").write_text(as_page(arms, facts), encoding="utf-8")
+    facts = {"config": CONFIG, "seed": args.seed, "problems": args.problems}
+    known = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
+    # what an earlier call has measured under the same terms is kept
+    arms = known["arms"] if known and {key: known[key] for key in facts} == facts else {}
+    for name, rows in measure(args.strong, args.weak, args.problems, args.seed, args.counts, args.arms):
+        arms = {key: rows if key == name else arms[key] for key in _TITLES if key == name or key in arms}
+        content = {**facts, "arms": arms, "hardware": runs.hardware(), "versions": runs.versions(),
+                   "commit": runs.commit()}  # fmt: skip
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        said = f"{args.problems} problems of seed {args.seed}; torch {content['versions']['torch']}."
+        args.out.with_suffix(".md").write_text(as_page(arms, said), encoding="utf-8")
+        print(f"{name}: done", flush=True)
 
 
 if __name__ == "__main__":
