@@ -165,7 +165,8 @@ def page(directory: Path) -> str:
             [row["config"], f"{row['step_ms']:.3g}", *(f"{row['shares'][part]:.0%}" for part in parts)]
             for row in f["parts"]
         ]
-        lines += ["## Where a step goes", "", f"`{f['benchmark']}` on {hardware_name(f['hardware'])}.", ""]
+        note = f" {f['note']}." if f.get("note") else ""
+        lines += ["## Where a step goes", "", f"`{f['benchmark']}` on {hardware_name(f['hardware'])}.{note}", ""]
         lines += [table(["config", "step ms", *parts], rows), ""]
     return "\n".join(lines)
 
