@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "disabled"
 
+from tests.support.sites import on_the_path
 from zoo import registry
 
 pytest_plugins = ["pytester"]
@@ -29,8 +29,6 @@ def repository() -> Path:
 def make_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
     """Return a function that puts a fake installed distribution on `sys.path`."""
     site = tmp_path / "site"
-    site.mkdir()
-    monkeypatch.syspath_prepend(str(site))
 
     def make(
         name: str,
@@ -51,10 +49,5 @@ def make_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         registry.refresh()
         return site
 
-    before = set(sys.modules)
-    yield make
-    for module in set(sys.modules) - before:
-        if str(site) in str(getattr(sys.modules[module], "__file__", "")):
-            del sys.modules[module]
-    monkeypatch.undo()
-    registry.refresh()
+    with on_the_path(site, monkeypatch):
+        yield make

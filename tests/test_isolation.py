@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.sites import on_the_path
 from zoo import registry
 from zoo.main import main
 
@@ -56,10 +57,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def install_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
     """Return a function that writes wheels and lets pip install them into a folder on `sys.path`."""
     site, wheels = tmp_path / "wheels_site", tmp_path / "wheels"
-    site.mkdir()
     wheels.mkdir()
-    monkeypatch.syspath_prepend(str(site))
-    before = set(sys.modules)
 
     def install(*packages: tuple[str, dict[str, dict[str, str]], dict[str, str], tuple[str, ...]]) -> Path:
         made = []
@@ -83,12 +81,8 @@ def install_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         registry.refresh()
         return site
 
-    yield install
-    for module in set(sys.modules) - before:
-        if str(site) in str(getattr(sys.modules[module], "__file__", "")):
-            del sys.modules[module]
-    monkeypatch.undo()
-    registry.refresh()
+    with on_the_path(site, monkeypatch):
+        yield install
 
 
 def answer(capsys: pytest.CaptureFixture[str], *words: str) -> str:

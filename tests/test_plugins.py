@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.sites import on_the_path
 from zoo import registry
 from zoo.main import main
 
@@ -25,10 +26,7 @@ def run(*words: str) -> int:
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], Path]]:
     """Return a function that installs a package into a folder on `sys.path`."""
     site = tmp_path / "site"
-    site.mkdir()
-    monkeypatch.syspath_prepend(str(site))
     monkeypatch.chdir(tmp_path)
-    before = set(sys.modules)
 
     def pip(source: Path) -> Path:
         copy = tmp_path / "source" / source.name  # pip builds in the source folder
@@ -38,12 +36,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         registry.refresh()
         return site
 
-    yield pip
-    for name in set(sys.modules) - before:
-        if str(site) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-    monkeypatch.undo()
-    registry.refresh()
+    with on_the_path(site, monkeypatch):
+        yield pip
 
 
 def test_the_example_is_used_like_a_built_in_method(
