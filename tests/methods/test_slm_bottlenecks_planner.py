@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -20,8 +21,9 @@ import yaml
 from zoo.commands.bench import default_config
 from zoo.main import main
 from zoo.methods.slm_bottlenecks import costs
+from zoo.methods.slm_bottlenecks.bench import log_table
 from zoo.methods.slm_bottlenecks.costs import SIZES, Shape
-from zoo.methods.slm_bottlenecks.grid import Grid, fill_row, read_rows, write_rows
+from zoo.methods.slm_bottlenecks.grid import COLUMNS, Grid, fill_row, read_rows, write_rows
 from zoo.methods.slm_bottlenecks.measure import Cell, Effort
 from zoo.methods.slm_bottlenecks.planner import (
     fit_roofline,
@@ -255,6 +257,15 @@ def test_grid_command_killed_and_continued(tmp_path: Path, capsys: pytest.Captur
     assert {path.name for path in out.iterdir()} >= {"cells.csv", "cells.parquet", "best.csv", "attention.png"}
     best = read_rows(out / "best.csv")
     assert [row["tokens_per_dollar"] for row in best] == [max(row["tokens_per_dollar"] for row in rows)]
+
+
+def test_the_table_goes_to_wandb(tmp_path: Path) -> None:
+    rows = [dict.fromkeys(COLUMNS) | {"size": size, "tok_s_global": 5.0} for size in ("100m", "1b")]
+    log_table(rows, tmp_path, "offline")
+    (file,) = tmp_path.glob("wandb/offline-run-*/files/media/table/cells*.json")
+    table = json.loads(file.read_text())
+    assert table["columns"] == list(COLUMNS)
+    assert [dict(zip(COLUMNS, row, strict=True)) for row in table["data"]] == rows
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the config for it is the default")
