@@ -119,6 +119,11 @@ class RunCSVLogger(Logger):
             print(f"warning: {self.path} could not be written ({error.strerror}); the rows are kept", file=sys.stderr)
 
     @rank_zero_only
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        """Keep up with the checkpoints that Lightning's own callback writes, too."""
+        self.flush()
+
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         self.flush()
 

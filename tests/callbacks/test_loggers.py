@@ -45,6 +45,9 @@ def test_rows_are_written_together(tmp_path: Path, writes: list[int]) -> None:
     logger.flush()
     logger.flush()
     assert writes == [3, 6, 8]
+    log(logger, 8, 8)
+    logger.after_save_checkpoint(None)
+    assert writes == [3, 6, 8, 9]
     logger.rewind(4)
     logger.finalize("success")
     assert steps(tmp_path) == [0, 1, 2, 3]
