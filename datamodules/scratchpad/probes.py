@@ -30,6 +30,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cycles": {"size": None, "image_size": 48, "difficulty": [12, 12]},
     "strings": {"size": None, "image_size": 48, "difficulty": [8, 8]},
 }
+#: What is probed besides with `--task all`: other settings of the claims.
+FURTHER: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("rect_maze", {"difficulty": [13, 20]}),
+    ("circ_maze", {"size": 2, "image_size": 32, "difficulty": [3, 6]}),
+    ("cycles", {"image_size": 24, "difficulty": [6, 6]}),
+    ("cycles", {"image_size": 24, "difficulty": [8, 8]}),
+)
 _BINS = 20
 
 
@@ -158,8 +165,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.samples < 100 or options.samples % 2:
         parser.error(f"--samples {options.samples}: expected an even number of at least 100")
     reports = []
-    for name in TASKS if options.task == "all" else [options.task]:
-        chosen = DEFAULTS[name] | {key: value for key, value in given.items() if value is not None}
+    wanted = [(options.task, {key: value for key, value in given.items() if value is not None})]
+    for name, changes in [*((name, {}) for name in TASKS), *FURTHER] if options.task == "all" else wanted:
+        chosen = DEFAULTS[name] | changes
         try:
             task = make_task(name, chosen["image_size"], chosen["size"])
             low, high = chosen["difficulty"]

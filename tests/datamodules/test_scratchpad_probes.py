@@ -20,7 +20,8 @@ def test_no_local_cue_answers_more_than_52_percent(name: str) -> None:
     """20,000 problems, half of them to fit on: the standard error is 0.5 %."""
     setting = DEFAULTS[name]
     task = make_task(name, setting["image_size"], setting["size"])
-    rows = probe(task, *setting["difficulty"], samples=20000, seed=1, pixels=False)
+    low, high = setting["difficulty"]
+    rows = probe(task, low, high, samples=20000, seed=1, pixels=False)
     local = {row["cue"]: row["accuracy"] for row in rows if row["reach"] == "local"}
     assert "ink" in local
     assert len(local) >= 6
@@ -29,8 +30,14 @@ def test_no_local_cue_answers_more_than_52_percent(name: str) -> None:
 
 
 def test_cycles_at_fixed_places_do_not_leak_either() -> None:
-    rows = probe(Cycles(32, 10), 6, 8, samples=20000, pixels=False)
+    rows = probe(Cycles(48, 14), 12, 12, samples=20000, pixels=False)
     assert max(row["accuracy"] for row in rows if row["reach"] == "local") <= 0.52
+
+
+def test_sums_over_all_lines_tell_the_answer_for_few_nodes() -> None:
+    """Fewer than `n` lines say nothing, but six nodes have six lines: the probes must notice, and the page says so."""
+    rows = probe(Cycles(24), 6, 6, samples=4000, pixels=False)
+    assert {row["cue"]: row["accuracy"] for row in rows}["ink"] > 0.6
 
 
 def test_both_answers_have_the_same_law_of_distances() -> None:

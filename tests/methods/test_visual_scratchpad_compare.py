@@ -31,10 +31,11 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path, capsys: pytest.Capture
 
 def test_the_median_and_the_range_of_the_seeds_are_drawn() -> None:
     levels = [{"5": [0.5, 10], "6": [right, 10]} for right in (0.4, 0.9, 0.6)]
+    levels[0]["7"] = [0.25, 1]  # a length that only the problems of one seed have
     curve = [{"samples": 64.0, "id": 0.5, "ood": 0.4}, {"samples": 128.0, "id": 0.7, "ood": 0.6}]
     seeds = {str(i): {"by_difficulty": one, "curve": curve, "trained_on": [5, 5]} for i, one in enumerate(levels)}
     left, right = difficulty_figure({"inductive": seeds}).axes
-    assert left.lines[0].get_xydata().tolist() == [[5, 0.5], [6, 0.6]]
+    assert left.lines[0].get_xydata().tolist() == [[5, 0.5], [6, 0.6], [7, 0.25]]
     assert len(right.lines) == 2 * 3 + 1, "two loaders of three seeds, and chance"
 
 

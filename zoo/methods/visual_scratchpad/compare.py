@@ -12,6 +12,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -75,9 +76,10 @@ def difficulty_figure(measured: Measured) -> Figure:
     for number, (name, seeds) in enumerate(measured.items()):
         colour = f"C{number}"
         levels = sorted({int(level) for one in seeds.values() for level in one["by_difficulty"]})
-        values = [sorted(one["by_difficulty"][str(level)][0] for one in seeds.values()) for level in levels]
-        left.plot(levels, [row[len(row) // 2] for row in values], color=colour, marker="o", ms=3, label=name)
-        left.fill_between(levels, [row[0] for row in values], [row[-1] for row in values], color=colour, alpha=0.2)
+        known = [one["by_difficulty"] for one in seeds.values()]
+        values = [[one[str(level)][0] for one in known if str(level) in one] for level in levels]  # some are rare
+        left.plot(levels, [median(row) for row in values], color=colour, marker="o", ms=3, label=name)
+        left.fill_between(levels, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.2)
         for one in seeds.values():
             for key, style in (("id", "-"), ("ood", "--")):
                 points = [(point["samples"], point[key]) for point in one["curve"] if key in point]
@@ -142,9 +144,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 strips.setdefault(f"{name} {loader}", pair)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     path = str(options.output)
-    difficulty_figure(measured).savefig(f"{path}_difficulty.png", dpi=100)
-    rollout_figure(strips).savefig(f"{path}_rollouts.png", dpi=80)
     Path(f"{path}_compare.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    difficulty_figure(measured).savefig(f"{path}_difficulty.png", dpi=100)
+    if strips:
+        rollout_figure(strips).savefig(f"{path}_rollouts.png", dpi=80)
     print(f"written: {path}_difficulty.png, {path}_rollouts.png, {path}_compare.json")
 
 
