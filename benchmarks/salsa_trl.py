@@ -163,16 +163,15 @@ def their_ppo(batches: int, folder: Path) -> dict[str, float]:
     module.setup("fit")
     scalars = []
     for source in (module.frozen["reward"], module.value):
-        net: Any = AutoModelForSequenceClassification.from_config(
-            copy.deepcopy(source.lm.config), num_labels=1, dtype=torch.float32
-        )
-        net.config.pad_token_id = data.pad_id
+        config = copy.deepcopy(source.lm.config)
+        config.num_labels, config.pad_token_id = 1, data.pad_id
+        net: Any = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         net.base_model.load_state_dict(source.lm.base_model.state_dict())
         net.score.weight.data.copy_(source.head.weight)
         scalars.append(net)
     plain = ppo_trainer.batch_generation
     ppo_trainer.batch_generation = clock.sampled(plain)
-    config = PPOConfig(
+    options = PPOConfig(
         output_dir=str(folder), per_device_train_batch_size=ANSWERS, gradient_accumulation_steps=1,
         num_mini_batches=hp["minibatches"], num_ppo_epochs=hp["ppo_epochs"], local_rollout_forward_batch_size=ANSWERS,
         total_episodes=(batches + WARM) * ANSWERS, response_length=hp["answer_length"], stop_token="eos",
@@ -185,7 +184,7 @@ def their_ppo(batches: int, folder: Path) -> dict[str, float]:
     model: Any = copy.deepcopy(module.policy)
     try:
         trainer = PPOTrainer(
-            args=config, processing_class=tokenizer(), model=model, ref_model=copy.deepcopy(model),
+            args=options, processing_class=tokenizer(), model=model, ref_model=copy.deepcopy(model),
             reward_model=scalars[0], value_model=scalars[1], train_dataset=rows, eval_dataset=rows,
             callbacks=[TheirClock(clock)],
         )  # fmt: skip
@@ -202,6 +201,7 @@ def their_rloo(batches: int, folder: Path) -> dict[str, float]:
 
     module, data = our_module("rloo", folder / "reward.ckpt")
     hp = module.hparams
+    module.policy.save_pretrained(folder / "policy")  # the reference is read from there
     updates = hp["ppo_epochs"] * hp["minibatches"]
     clock = Clock(batches, updates)
     words = tokenizer()
@@ -220,11 +220,11 @@ def their_rloo(batches: int, folder: Path) -> dict[str, float]:
         temperature=1.0, epsilon=hp["clip"], normalize_advantages=hp["whiten_advantages"], learning_rate=hp["lr"],
         max_steps=(batches + WARM) * updates, max_grad_norm=hp["max_grad_norm"], use_cpu=True, bf16=False,
         report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=updates, seed=0,
-        gradient_checkpointing=False,
+        gradient_checkpointing=False, model_init_kwargs={"dtype": "float32"},
     )  # fmt: skip
     texts = [" ".join(VOCABULARY[token] for token in row) for row in prompts(data, batches + WARM)]
     trainer = RLOOTrainer(
-        model=copy.deepcopy(module.policy), reward_funcs=reward, args=config, processing_class=words,
+        model=str(folder / "policy"), reward_funcs=reward, args=config, processing_class=words,
         train_dataset=Dataset.from_dict({"prompt": texts}), callbacks=[TheirClock(clock)],
     )  # fmt: skip
     trainer._generate = clock.sampled(trainer._generate)
