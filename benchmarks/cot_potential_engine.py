@@ -198,12 +198,14 @@ def main() -> None:
         "generate": generate_way,
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    processor: dict[str, list[float]] = {name: [] for name in ways}
     work: dict[str, dict[str, int]] = {}
     for number in range(args.rounds):
         for name, way in ways.items():
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             work[name] = way(number)
             seconds[name].append(time.perf_counter() - started)
+            processor[name].append(time.process_time() - worked)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = [slow / fast for fast, slow in zip(seconds["fork_survivors"], seconds["generate"], strict=True)]
     share = work["fork_survivors"]["decoded"] / work["generate"]["decoded"]
@@ -215,6 +217,8 @@ def main() -> None:
         "samples": args.samples,
         "threads": args.threads,
         "seconds": medians,
+        # what other jobs of the machine do not change
+        "processor_seconds": {name: statistics.median(values) for name, values in processor.items()},
         "times_as_slow_as_fork_survivors": {name: medians[name] / medians["fork_survivors"] for name in ways},
         "work": work,
         "tokens_of_survivors_over_generate": {"value": share, "target": "<= 0.6", "holds": share <= 0.6},
