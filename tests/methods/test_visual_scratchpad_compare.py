@@ -31,7 +31,7 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path, capsys: pytest.Capture
 
 def test_the_median_and_the_range_of_the_seeds_are_drawn() -> None:
     levels = [{"5": [0.5, 10], "6": [right, 10]} for right in (0.4, 0.9, 0.6)]
-    levels[0]["7"] = [0.25, 1]  # a length that only the problems of one seed have
+    levels[0] |= {"7": [0.25, 40], "8": [0.0, 3]}  # lengths that only the problems of one seed have
     curve = [{"samples": 64.0, "id": 0.5, "ood": 0.4}, {"samples": 128.0, "id": 0.7, "ood": 0.6}]
     seeds = {str(i): {"by_difficulty": one, "curve": curve, "trained_on": [5, 5]} for i, one in enumerate(levels)}
     left, right = difficulty_figure({"inductive": seeds}).axes
@@ -48,6 +48,7 @@ def test_runs_are_tested_again_and_not_touched(tmp_path: Path, monkeypatch: pyte
     after = {path: path.stat().st_mtime_ns for path in done.run_dir.rglob("*") if path.is_file()}
     assert after == before
     measured = json.loads(Path("out/figures_compare.json").read_text())["inductive"]["0"]
+    assert measured["curve"][-1]["samples"] == 40 * 32, "the curve ends with the test"
     assert measured["trained_on"] == [3, 5]
     assert set(measured["by_difficulty"]) <= {"3", "4", "5", "6", "7", "8"}
     assert sum(count for _, count in measured["by_difficulty"].values()) == 128, "both test sets"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -21,6 +22,8 @@ from zoo.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_ENOUGH = 30  # problems of a difficulty
 
 #: Run -> seed -> what was measured.
 Measured = dict[str, dict[str, dict[str, Any]]]
@@ -47,7 +50,11 @@ def newest_checkpoint(run_dir: Path) -> Path:
 
 
 def measure(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Test a run again, elsewhere; returns accuracies by difficulty and the learning curve, and the sketches."""
+    """Test a run again, elsewhere; returns accuracies by difficulty and the learning curve, and the sketches.
+
+    Raises:
+        UsageError: If the test was interrupted.
+    """
     from zoo.api import run
 
     with tempfile.TemporaryDirectory() as elsewhere:
@@ -61,23 +68,33 @@ def measure(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             wandb="disabled",
         )
     evaluation = done.model.evaluation
+    evaluation.add_point(int(done.model.samples_seen))  # the end of the curve, on the test problems
     data = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))["data"]["init_args"]
     levels = {str(level): list(value) for level, value in evaluation.by_difficulty().items()}
+    expected = data["test_size"] * (1 if data.get("ood_difficulty") is None else 2)
+    if (seen := sum(count for _, count in evaluation.by_difficulty().values())) != expected:
+        raise UsageError(f"{run_dir}: the test ended after {seen} of {expected} problems", "run the command again")
     facts = {"by_difficulty": levels, "curve": evaluation.curve, "trained_on": data["train_difficulty"]}
     return facts, evaluation._strips
 
 
 def difficulty_figure(measured: Measured) -> Figure:
-    """Accuracy against difficulty, median of the seeds, and against samples seen, every seed; one colour for a run."""
+    """Accuracy against difficulty, median of the seeds, and against samples seen, every seed; one colour for a run.
+
+    Difficulties of fewer than 30 problems, over all seeds, are left out.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, (name, seeds) in enumerate(measured.items()):
         colour = f"C{number}"
-        levels = sorted({int(level) for one in seeds.values() for level in one["by_difficulty"]})
         known = [one["by_difficulty"] for one in seeds.values()]
-        values = [[one[str(level)][0] for one in known if str(level) in one] for level in levels]  # some are rare
+        problems: Counter[int] = Counter()
+        for one in known:
+            problems.update({int(level): count for level, (_, count) in one.items()})
+        levels = sorted(level for level, count in problems.items() if count >= _ENOUGH)
+        values = [[one[str(level)][0] for one in known if str(level) in one] for level in levels]
         left.plot(levels, [median(row) for row in values], color=colour, marker="o", ms=3, label=name)
         left.fill_between(levels, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.2)
         for one in seeds.values():
@@ -88,7 +105,7 @@ def difficulty_figure(measured: Measured) -> Figure:
     low, high = next(iter(next(iter(measured.values())).values()))["trained_on"]
     left.axvspan(low - 0.5, high + 0.5, color="grey", alpha=0.15, label="trained on")
     left.set(xlabel="difficulty", ylabel="accuracy", title="median of the seeds, least and largest")
-    right.set(xlabel="samples seen", ylabel="validation accuracy", title="each seed; dashed: out of distribution")
+    right.set(xlabel="samples seen", ylabel="accuracy", xlim=(0, None), title="each seed; dashed: out of distribution")
     for axis in (left, right):
         axis.axhline(0.5, color="grey", linestyle=":")
         axis.set_ylim(0, 1.05)
@@ -131,17 +148,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce/visual_scratchpad/cpu"))
     parser.add_argument("--output", type=Path, default=Path("results/visual_scratchpad"), help="how the files begin")
     options = parser.parse_args(arguments)
-    try:
-        found = finished_runs(options.runs)
-    except UsageError as error:
-        parser.error(str(error))
     measured: Measured = {}
     strips: dict[str, Any] = {}
-    for name, seeds in found.items():
-        for seed, run_dir in seeds.items():
-            measured.setdefault(name, {})[seed], pictures = measure(run_dir)
-            for loader, pair in pictures.items():
-                strips.setdefault(f"{name} {loader}", pair)
+    try:
+        for name, seeds in finished_runs(options.runs).items():
+            for seed, run_dir in seeds.items():
+                measured.setdefault(name, {})[seed], pictures = measure(run_dir)
+                for loader, pair in pictures.items():
+                    strips.setdefault(f"{name} {loader}", pair)
+    except UsageError as error:
+        parser.error(str(error))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     path = str(options.output)
     Path(f"{path}_compare.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
