@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("results/scratchpad_tasks.png"))
     options = parser.parse_args(arguments)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    gallery(options.seed).savefig(options.output, dpi=90, metadata={"Software": ""})
+    gallery(options.seed).savefig(options.output, dpi=130, metadata={"Software": ""})
     print(f"written: {options.output}")
 
 
