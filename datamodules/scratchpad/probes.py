@@ -30,7 +30,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cycles": {"size": None, "image_size": 48, "difficulty": [12, 12]},
     "strings": {"size": None, "image_size": 48, "difficulty": [8, 8]},
 }
-#: What is probed besides with `--task all`: other settings of the claims.
+#: What is probed besides with `--task all`, without predictors from pixels: other settings of the claims.
 FURTHER: tuple[tuple[str, dict[str, Any]], ...] = (
     ("rect_maze", {"difficulty": [13, 20]}),
     ("circ_maze", {"size": 2, "image_size": 32, "difficulty": [3, 6]}),
@@ -171,7 +171,8 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             task = make_task(name, chosen["image_size"], chosen["size"])
             low, high = chosen["difficulty"]
-            rows = probe(task, low, high, options.samples, options.seed, not options.no_pixels)
+            pixels = not options.no_pixels and (name, changes) not in FURTHER
+            rows = probe(task, low, high, options.samples, options.seed, pixels)
         except ValueError as error:
             parser.error(str(error))
         error_of_half = 0.5 / (options.samples // 2) ** 0.5
