@@ -189,29 +189,6 @@ def test_a_whole_analysis_from_files(stub: Stub, tmp_path: Path) -> None:
         run("predict", overrides={**overrides, "data.traces": str(traces)}, run_dir=tmp_path / "bad", **call)
 
 
-def test_an_analysis_that_broke_off_goes_on_and_asks_nothing_twice(stub: Stub, tmp_path: Path) -> None:
-    problems = tmp_path / "problems.jsonl"
-    problems.write_text(json.dumps({"key": "a", "question": "2 + 2?", "answer": "4"}) + "\n", encoding="utf-8")
-    overrides = {
-        "model.server": {"url": stub.url, "model": "stub", "retries": 0, "concurrency": 1},
-        "model.samples": 6,
-        "model.budget": 40,
-        "model.studies": ["curves"],
-        "data.path": str(problems),
-        "data.template": "Question {question}\n",
-    }
-    own, stub.fail_from = tmp_path / "run", 9
-    with pytest.raises(RunError, match="what was drawn is kept"):
-        run("test", config="cot_potential/server", overrides=overrides, run_dir=own, wandb="disabled")
-    answered = {(b["prompt"], b["seed"]) for b in stub.bodies[:8] if "seed" in b}
-    assert len(answered) >= 6
-    stub.fail_from = 10**9
-    stub.asked.clear()
-    found = run("test", resume=own, wandb="disabled")
-    assert found.metrics["test/traces"] == 1
-    assert not answered & {(b["prompt"], b["seed"]) for b in stub.bodies if "seed" in b}
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

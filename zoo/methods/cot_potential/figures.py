@@ -65,7 +65,7 @@ def events_figure(rows: Rows) -> Figure:
     marks = (("insights", "^", "insight"), ("tangents", "v", "tangent"))
     for name, mark, label in marks:
         spots = [(k, y) for y, row in enumerate(shown) for k in row[name]]
-        axis.plot(*zip(*spots, strict=True) if spots else ([], []), mark, color="k", markersize=3, label=label)
+        axis.plot([k for k, _ in spots], [y for _, y in spots], mark, color="k", markersize=3, label=label)
     axis.set(xlabel="chunk", ylabel="trace", yticks=[])
     axis.legend(fontsize=7, loc="upper right")
     figure.colorbar(image, ax=axis, label="change of the potential")
@@ -74,7 +74,7 @@ def events_figure(rows: Rows) -> Figure:
         for shift, (name, _, label) in zip((-0.2, 0.2), marks, strict=True):
             hit = [row["kinds"][k] for row in shown for k in row[name]]
             bars.barh([i + shift for i in range(len(kinds))], [hit.count(kind) for kind in kinds], 0.4, label=label)
-        bars.set_yticks(range(len(kinds)), kinds)
+        bars.set_yticks(list(range(len(kinds))), kinds)
         bars.set_xlabel("events on chunks of a kind")
         bars.legend(fontsize=7)
     return figure
