@@ -46,6 +46,7 @@ def step(model: ContrastivePerplexity, batch: dict[str, Any]) -> dict[str, Tenso
     return {"total": total} | {key.removeprefix("train/"): value for key, value in logged.items()}
 
 
+@torch.no_grad()
 def one_by_one(lm: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Log-perplexity of each sentence by `transformers`' own loss, and its predicted tokens, without any padding."""
     ids, mask = batch["input_ids"].flatten(0, 1), batch["attention_mask"].flatten(0, 1)
