@@ -171,7 +171,9 @@ def test_four_bits_are_exported_without_losing_the_adapter(
     assert_same_logits(quantised, tmp_path / "out")
 
 
-@pytest.mark.xfail(reason="on a CPU bitsandbytes packs weights in an evaluation pass, and merging reads them as if not")
+@pytest.mark.xfail(
+    strict=False, reason="on a CPU bitsandbytes packs weights in an evaluation pass, and merging reads them as if not"
+)
 def test_four_bits_are_exported_after_an_evaluation(quantised: ContrastivePerplexity, tmp_path: Path) -> None:
     with torch.no_grad():
         quantised.lm.eval()(input_ids=make_batch()["input_ids"][0])
