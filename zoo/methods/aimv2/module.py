@@ -1,4 +1,7 @@
-"""AIMv2 as a LightningModule, with the objectives it is compared with as values of `objective`."""
+"""AIMv2 as a LightningModule, with the objectives it is compared with as values of `objective`.
+
+Longer than other files: a third of it are the options of four objectives and three stages, and what they mean.
+"""
 
 from __future__ import annotations
 

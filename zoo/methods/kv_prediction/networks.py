@@ -3,6 +3,8 @@
 `transformers` keeps rotated keys in its caches. Here a layer's *entries* are what its projections give; a `Cache` holds
 what attention reads: normalised and rotated. Between the two stands `Attention.ready`, so that predicted entries go
 the way of true ones.
+
+Longer than other files: the cache, the layers that fill it and the predictor share one layout of keys and values.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""SALSA as a LightningModule: PPO, RLOO or GRPO whose KL reference may be a soup of fine-tuned models."""
+"""SALSA as a LightningModule: PPO, RLOO or GRPO whose KL reference may be a soup of fine-tuned models.
+
+Longer than other files: 150 lines explain the options; the step stands here as one algorithm, its parts are beside it.
+"""
 
 from __future__ import annotations
 
