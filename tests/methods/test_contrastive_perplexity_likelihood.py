@@ -25,17 +25,22 @@ def test_log_perplexity_is_that_of_transformers_whatever_the_padding(lm: dict[st
     torch.testing.assert_close(left, expected.flatten(), atol=1e-5, rtol=1e-5)
 
 
-@both_models
-@pytest.mark.parametrize("chunk", [1, 5, 1000])
-def test_logits_in_chunks_give_the_same_loss_and_gradients(lm: dict[str, Any], chunk: int) -> None:
-    batch = make_batch(r=1)
-    plain, chunked = (make_model(lm=lm, objective="paper_log", lambda_lm=0.5, head_chunk=c) for c in (0, chunk))
+def assert_same_step(plain: Any, chunked: Any, batch: Any) -> None:
+    """Both models have the same loss on a batch and the same gradients."""
     losses = [step(model, batch)["total"] for model in (plain, chunked)]
     torch.testing.assert_close(losses[0], losses[1])
     for loss in losses:
         loss.backward()
     for (name, one), (_, two) in zip(plain.named_parameters(), chunked.named_parameters(), strict=True):
         torch.testing.assert_close(one.grad, two.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@both_models
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_logits_in_chunks_give_the_same_loss_and_gradients(lm: dict[str, Any], chunk: int) -> None:
+    batch = make_batch(r=1)
+    plain, chunked = (make_model(lm=lm, objective="paper_log", lambda_lm=0.5, head_chunk=c) for c in (0, chunk))
+    assert_same_step(plain, chunked, batch)
 
 
 def test_logits_in_chunks_never_hold_all_tokens() -> None:
@@ -52,12 +57,7 @@ def test_logits_in_chunks_never_hold_all_tokens() -> None:
 def test_sentences_in_chunks_give_the_same_loss_and_gradients(lm: dict[str, Any], changes: dict[str, Any]) -> None:
     batch, shared = make_batch(r=1), {"lm": lm, "objective": "paper_log", "lambda_lm": 0.5, **changes}
     plain, chunked = (make_model(**shared, sentence_chunk=c) for c in (0, 5))  # 12 sentences: 5, 5 and 2
-    losses = [step(model, batch)["total"] for model in (plain, chunked)]
-    torch.testing.assert_close(losses[0], losses[1])
-    for loss in losses:
-        loss.backward()
-    for (name, one), (_, two) in zip(plain.named_parameters(), chunked.named_parameters(), strict=True):
-        torch.testing.assert_close(one.grad, two.grad, atol=1e-6, rtol=1e-4, msg=name)
+    assert_same_step(plain, chunked, batch)
 
 
 def test_sentences_in_chunks_hold_the_activations_of_one_chunk() -> None:
