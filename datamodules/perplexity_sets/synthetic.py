@@ -107,6 +107,15 @@ class PerplexitySets(SetsDataModule):
         for key, drawn in (("positives", positives), ("negatives", negatives)):
             if drawn > candidates:
                 raise ValueError(f"{key}: {drawn} of each anchor are asked for, it has {candidates} (candidates)")
+        for key, count in (
+            ("val_documents", val_documents),
+            ("test_documents", test_documents),
+            ("val_prompts", val_prompts),
+            ("test_prompts", test_prompts),
+            ("eval_batch_size", eval_batch_size),
+        ):
+            if count < 1:
+                raise ValueError(f"{key}: {count} is not accepted; accepted: 1 or more")
         for key, share in (
             ("unwanted_share", unwanted_share),
             ("unwanted_strength", unwanted_strength),
@@ -158,8 +167,17 @@ class PerplexitySets(SetsDataModule):
         return self.world.decode(tokens)
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return the tokens of prompts `[D, T]`, padded on the left, and where they are, bool `[D, T]`."""
-        rows = [torch.tensor([BOS, *(self.world.token[word] for word in text.split())]) for text in texts]
+        """Return the tokens of prompts `[D, T]`, padded on the left, and where they are, bool `[D, T]`.
+
+        Raises:
+            ValueError: If a word is none of the world's.
+        """
+        token = self.world.token
+        if unknown := {word for text in texts for word in text.split()} - token.keys():
+            raise ValueError(
+                f"{len(unknown)} words of a prompt are unknown to this world; accepted: its {len(token)} words"
+            )
+        rows = [torch.tensor([BOS, *(token[word] for word in text.split())]) for text in texts]
         return left_pad(rows, PAD)
 
     def judge(self, prompts: Sequence[str], texts: Sequence[str]) -> dict[str, Tensor]:

@@ -175,8 +175,20 @@ def test_documents_and_prompts() -> None:
         ({"random_negatives": -1}, "random_negatives: -1"),
         ({"switch_share": 1.5}, "switch_share: 1.5"),
         ({"batch_size": 21}, "batch_size: 21 is not accepted; accepted: 1 to 20"),
+        ({"test_prompts": 0}, "test_prompts: 0 is not accepted; accepted: 1 or more"),
+        ({"eval_batch_size": 0}, "eval_batch_size: 0 is not accepted"),
     ],
 )
 def test_bad_values_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**changes)
+
+
+def test_prompts_of_other_words_are_refused_and_not_shown() -> None:
+    data = make()
+    ids, mask = data.encode(["the soup is calm", "the soup"])
+    assert data.decode(ids) == ["the soup is calm", "the soup"]
+    assert mask.sum(dim=1).tolist() == [5, 3]
+    with pytest.raises(ValueError, match="2 words of a prompt are unknown to this world") as caught:
+        data.encode(["the soup is strange", "rewrite the soup"])
+    assert "strange" not in str(caught.value)

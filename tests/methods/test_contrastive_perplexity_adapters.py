@@ -171,16 +171,32 @@ def test_four_bits_are_exported_without_losing_the_adapter(
     assert_same_logits(quantised, tmp_path / "out")
 
 
-@pytest.mark.xfail(
-    not torch.cuda.is_available(),
-    strict=True,
-    reason="on a CPU bitsandbytes packs weights in an evaluation pass, and merging reads them as if not",
-)
 def test_four_bits_are_exported_after_an_evaluation(quantised: ContrastivePerplexity, tmp_path: Path) -> None:
     with torch.no_grad():
         quantised.lm.eval()(input_ids=make_batch()["input_ids"][0])
     quantised.export(str(tmp_path / "out"))
     assert_same_logits(quantised, tmp_path / "out")
+
+
+def test_evaluations_and_checkpoints_leave_weights_in_four_bits_as_they_are(quantised: ContrastivePerplexity) -> None:
+    batch = make_batch()
+    adapters = [p for p in quantised.parameters() if p.requires_grad]
+
+    def loss_and_gradients() -> list[torch.Tensor]:
+        loss = step(quantised, batch)["total"]
+        return [loss, *torch.autograd.grad(loss, adapters)]
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            values = quantised.lm.eval()(input_ids=batch["input_ids"][0]).logits
+        quantised.lm.train()
+        return values
+
+    trained, evaluated = loss_and_gradients(), logits()
+    torch.testing.assert_close(loss_and_gradients(), trained)
+    quantised.state_dict()
+    torch.testing.assert_close(loss_and_gradients(), trained)
+    torch.testing.assert_close(logits(), evaluated)
 
 
 def assert_same_logits(quantised: ContrastivePerplexity, folder: Path) -> None:

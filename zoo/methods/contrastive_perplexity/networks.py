@@ -107,9 +107,16 @@ def load_four_bit(name: str) -> Any:
 
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     device = {"": torch.cuda.current_device()} if torch.cuda.is_available() else None
-    return AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         name, trust_remote_code=False, quantization_config=config, device_map=device
     )
+    part: Any
+    for part in model.modules():
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            # else an evaluation on such a CPU packs the weights for good: no gradient passes through them any more, and
+            # state_dict() unpacks them with their scales transposed (bitsandbytes 0.50)
+            part.support_avx512bf16_for_cpu = False
+    return model
 
 
 @contextmanager
