@@ -22,7 +22,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 
-from zoo import quick_log, runs
+from zoo import runs, shortcuts
 from zoo.card import ZOO_API
 from zoo.cli import display_name, links, replayable
 from zoo.collector import paused_collector
@@ -163,7 +163,7 @@ class Job:
                 directory.save_config(yaml.safe_dump(self.config, sort_keys=False), resumed)
         mode = self.options.wandb or os.environ.get("WANDB_MODE") or "offline"
         quieten()
-        quick_log.install()
+        shortcuts.install()
         try:
             with unstoppable_output(), environment({runs.RUN_DIR_VARIABLE: str(directory.path), "WANDB_MODE": mode}):
                 return self._run_in(directory, rank_zero)
