@@ -172,6 +172,21 @@ def test_a_figure_has_what_the_claims_compare_and_a_few_reports() -> None:
     assert panels["m3"][1] == [claim]
 
 
+def test_values_far_apart_are_drawn_on_a_logarithmic_axis() -> None:
+    from matplotlib.figure import Figure
+
+    from zoo.claims.figures import _draw_runs, far_apart
+
+    assert far_apart([2.5, 3.0, 20000.0])
+    for near in ([], [2.5, 200.0], [0.0, 20000.0], [-1.0, 20000.0], [0.001, 0.9]):
+        assert not far_apart(near)
+    left, right = Figure().subplots(1, 2)
+    _draw_runs(left, "ppl", {"good": [2.5, 3.0], "bad": [10.0, 20000.0]})
+    _draw_runs(right, "rate", {"good": [0.0, 0.2], "bad": [0.9]})
+    assert (left.get_xscale(), right.get_xscale()) == ("log", "linear")
+    assert left.get_xlim()[0] > 0.5, "no band reaches down to nothing"
+
+
 class TestOfThisRepository:
     """What is committed below `results/`."""
 

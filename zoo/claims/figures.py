@@ -15,15 +15,19 @@ PANELS = 8
 ROW_INCHES = 0.26
 WIDTH_INCHES = 10.0
 DOTS_PER_INCH = 130
+#: Values above zero that lie further apart than this are drawn on a logarithmic axis, if the largest is above 10: a
+#: perplexity that ran away would flatten the others.
+LOG_RATIO = 100.0
 COLOURS = {True: "tab:green", False: "tab:red", None: "tab:gray"}
 
 
 def draw(result: Mapping[str, Any], path: Path) -> bool:
     """Draw a row of panels for each metric that the claims compare, then of the reports, and save them as PNG.
 
-    On the left every run: seeds as dots, the mean as a stroke, the standard deviation as a band. On the right the
-    claims on that metric: `left - right` of each seed as dots, what is judged as a stroke, the margin as a dashed line,
-    green where the claim holds.
+    On the left every run: seeds as dots, the mean as a stroke, the standard deviation as a band, on a logarithmic axis
+    where the values lie far apart (the band then ends at the least seed). On the right the claims on that metric:
+    `left - right` of each seed as dots, what is judged as a stroke, the margin as a dashed line, green where the claim
+    holds.
 
     Returns:
         Whether there was anything to draw.
@@ -72,13 +76,21 @@ def _panels(result: Mapping[str, Any]) -> dict[str, tuple[dict[str, list[float]]
 
 
 def _draw_runs(axes: Any, metric: str, runs: Mapping[str, list[float]]) -> None:
+    log = far_apart([value for values in runs.values() for value in values])
     for y, values in enumerate(runs.values()):
         mean, std = spread(values)
         if mean is not None:
-            axes.plot([mean - (std or 0), mean + (std or 0)], [y, y], "-", color="tab:blue", alpha=0.3, linewidth=5)
+            low = mean - (std or 0)
+            band = [max(low, min(values)) if log else low, mean + (std or 0)]
+            axes.plot(band, [y, y], "-", color="tab:blue", alpha=0.3, linewidth=5)
             axes.plot([mean], [y], "|", color="black", markersize=10)
         axes.plot(values, [y] * len(values), "o", color="tab:blue", markersize=4, markeredgewidth=0)
-    _style(axes, list(runs), metric)
+    _style(axes, list(runs), f"{metric} (logarithmic)" if log else metric, log)
+
+
+def far_apart(values: list[float]) -> bool:
+    """Whether values need a logarithmic axis: all of them are above zero, and the largest is far above the least."""
+    return bool(values) and min(values) > 0 and max(values) > max(10.0, LOG_RATIO * min(values))
 
 
 def _draw_claims(axes: Any, claims: list[Mapping[str, Any]]) -> None:
@@ -96,12 +108,16 @@ def _draw_claims(axes: Any, claims: list[Mapping[str, Any]]) -> None:
     _style(axes, [claim["id"] for claim in claims], "left − right; dashed: the margin")
 
 
-def _style(axes: Any, labels: list[str], title: str) -> None:
+def _style(axes: Any, labels: list[str], title: str, log: bool = False) -> None:
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_title(title, fontsize=9, loc="left")
     axes.tick_params(labelsize=8, length=0)
-    axes.locator_params(axis="x", nbins=6)
+    if log:
+        axes.set_xscale("log")
+        axes.tick_params(axis="x", which="minor", bottom=False)
+    else:
+        axes.locator_params(axis="x", nbins=6)
     axes.margins(x=0.08)
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)
