@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -181,6 +181,7 @@ class ChainProblem:
     ops: tuple[tuple[str, int], ...]
     writer: Writer
     key: str = "0"
+    joint: ClassVar[str] = " "
 
     @property
     def prompt(self) -> list[int]:
@@ -209,6 +210,10 @@ class ChainProblem:
         """Whether a trace ends with the right answer; one without an end has none."""
         ids = self.task.ids
         return len(trace) >= 3 and list(trace[-3:]) == [ids["ANS"], self.answer, ids["EOS"]]
+
+    def ended(self, trace: Sequence[int]) -> bool:
+        """Whether a trace has its end."""
+        return len(trace) > 0 and trace[-1] == self.task.ids["EOS"]
 
     def pieces(self, trace: Sequence[int]) -> list[str]:
         """The words of a trace."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from datamodules.loading import ResumableLoader, keyed_generator
 from datamodules.reasoning_answers import (
@@ -81,6 +81,7 @@ class TextProblem:
     program: str = ""
     others: tuple[str, ...] = ()
     scorer: Callable[[str], float] | None = field(default=None, compare=False)
+    joint: ClassVar[str] = ""
 
     @cached_property
     def prompt(self) -> Any:
@@ -116,14 +117,15 @@ class TextProblem:
 
     def _body(self, trace: Any) -> Any:
         """A trace without its end."""
-        return trace[:-1] if self._ended(trace) else trace
+        return trace[:-1] if self.ended(trace) else trace
 
-    def _ended(self, trace: Any) -> bool:
+    def ended(self, trace: Any) -> bool:
+        """Whether the model, or a server for it, has ended the trace."""
         return bool(len(trace)) and trace[-1:] == self._end
 
     def judge(self, trace: Any) -> bool:
         """Whether a trace that has ended gives the right answer."""
-        if not self._ended(trace):
+        if not self.ended(trace):
             return False
         text = self.text(trace)
         if self.scorer is None and self.form != "code":
@@ -173,7 +175,8 @@ class ReasoningProblems(ReasoningData):
         tokenizer: Path or name of the model's tokenizer; empty for a server, which gets texts.
         form: `integer`, `math`, `choice` or `code`; empty for what goes with the source.
         template: What the model reads, with `{question}`; empty for a usual one. A chat model's own template goes here.
-        traces: JSONL file of traces, lines with `key` and `trace`; empty for none. Needed by `predict`.
+        traces: JSONL file of traces, lines with `key` and `trace`, or the `analysis/curves.jsonl` of another model's
+            run; empty for none. Needed by `predict`.
         run_code: Whether programs of the model are run, see `datamodules.reasoning_answers.run_tests`.
         num_problems: Problems that are read; 0 for all.
         problem_batch: Problems that are analysed together.
@@ -303,7 +306,7 @@ class ReasoningProblems(ReasoningData):
         if self.traces_file:
             by_key = {problem.key: problem for problem in self.problems}
             for place, row in _lines(Path(self.traces_file).expanduser()):
-                key, text = str(row.get("key", "")), row.get("trace")
+                key, text = str(row.get("problem", row.get("key", ""))), row.get("trace", row.get("text"))
                 if key not in by_key or not isinstance(text, str) or not text:
                     raise ValueError(
                         f"{place}: accepted: a line with the key of a problem and a trace; got key {key!r}"

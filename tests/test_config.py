@@ -131,6 +131,29 @@ def test_no_option_gives_a_traceback(option: str, text: str | None) -> None:
         assert str(error)  # noqa: PT017
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("{question}", "{question}"),
+        ("{question} Think.", "{question} Think."),
+        ("{question}: {answer}", "{question}: {answer}"),
+        ("'Q: {question}'", "Q: {question}"),
+        (r'"{question}\n"', "{question}\n"),
+        ("{}", {}),
+        ("{a: 1}", {"a": 1}),
+        ("{a, b}", {"a": None, "b": None}),
+        ("[1, 2]", [1, 2]),
+    ],
+)
+def test_templates_are_text_and_the_rest_is_yaml(text: str, value: Any) -> None:
+    assert config.override("data.template", text) == {"data": {"init_args": {"template": value}}}
+
+
+def test_text_that_yaml_cannot_read_is_told_how_to_be_quoted() -> None:
+    with pytest.raises(UsageError, match=r"quotes of its own: --data.template \"'\.\.\.'\""):
+        config.override("data.template", "@{question}")
+
+
 mappings = st.recursive(
     st.integers() | st.lists(st.integers(), max_size=2),
     lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3),

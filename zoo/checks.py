@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from zoo import registry
-from zoo.config import NAMED, Layers
+from zoo.config import NAMED, Layers, quote_hint
 from zoo.errors import UsageError, did_you_mean
 
 
@@ -98,7 +98,8 @@ def check_types(key: str, cls: type, given: Mapping[str, Any], layers: Layers) -
         except (ArgumentError, TypeError, ValueError) as error:
             wanted = annotation_text(parameters(cls)[name])
             place = layers.place(f"{key}.{name}")
-            raise UsageError(f"{place}: {key}.{name}: expected {wanted}, got {value!r}", detail=str(error)) from error
+            hint = quote_hint(place) if wanted == "str" and place.startswith("--") else ""
+            raise UsageError(f"{place}: {key}.{name}: expected {wanted}, got {value!r}", hint, str(error)) from error
 
 
 def check_nested(key: str, cls: type, given: Mapping[str, Any], layers: Layers) -> None:

@@ -31,6 +31,9 @@ TOP_LEVEL = (
 #: Key in a config -> registry group whose names it accepts.
 NAMED = {"model": "methods", "data": "datamodules", "trainer.callbacks": "callbacks", "trainer.logger": "loggers"}
 
+#: A value that begins so is the text of a template, `{question} ..`: YAML would make a mapping of it, or nothing.
+_PLACEHOLDER = re.compile(r"\{\w+\}")
+
 
 class Loader(yaml.SafeLoader):
     """Safe YAML, with `1e-3` read as a number and a key given twice refused."""
@@ -224,10 +227,25 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+def _typed_value(text: str, where: str) -> Any:
+    """Read the value of an option: YAML, or a template that YAML would stumble over."""
+    if not text or _PLACEHOLDER.match(text):
+        return text
+    try:
+        return parse_yaml(text, where)
+    except UsageError as error:
+        raise UsageError(error.message, quote_hint(where)) from error
+
+
+def quote_hint(option: str) -> str:
+    """Return how to give text that YAML takes for something else."""
+    return f"text that YAML takes for something else goes into quotes of its own: {option} \"'...'\""
+
+
 def override(option: str, text: str | None) -> dict[str, Any]:
     """Return the config fragment of one option: `model.lr`, `"0.1"` -> `{model: {init_args: {lr: 0.1}}}`."""
     where = f"--{option}"
-    value: Any = True if text is None else parse_yaml(text, where) if text != "" else ""
+    value: Any = True if text is None else _typed_value(text, where)
     parts = option.split(".")
     if not all(parts):
         raise UsageError(f"{where}: not an option", "options look like --model.lr 0.1 or --trainer.max_steps 100")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from datamodules.reasoning_answers import (
@@ -20,6 +21,7 @@ from datamodules.reasoning_answers import (
     run_tests,
 )
 from datamodules.reasoning_problems import END, ReasoningProblems, TextProblem
+from zoo.main import main
 
 
 @pytest.mark.parametrize(
@@ -118,9 +120,32 @@ def test_jsonl_with_a_tokenizer(tmp_path: Path, tokenizer: str) -> None:
     assert first.answer_start(trace[:start]) == start
     batch = data.predict_dataloader().dataset.batch(0, 0)
     assert [p.key for p in batch["problems"]] == ["a"]
+    curves = lines(tmp_path / "curves.jsonl", {"key": "a/t0-1", "problem": "a", "text": "Two and two.\nSo \\boxed{4}"})
+    assert ReasoningProblems(path=path, tokenizer=tokenizer, traces=curves).traces == data.traces
     bad = lines(tmp_path / "bad.jsonl", {"key": "a", "trace": "about ~4"})
     with pytest.raises(ValueError, match=r"bad.jsonl:1: the tokenizer does not give the text back: '~4' became"):
         _ = ReasoningProblems(path=path, tokenizer=tokenizer, traces=bad).traces
+
+
+def test_templates_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = lines(tmp_path / "p.jsonl", {"question": "2+2?", "answer": "4"})
+
+    def call(template: str) -> tuple[int, str, str]:
+        words = ["test", "--config", "cot_potential/server", "--data.path", path, "--print_config"]
+        code = main([*words, "--data.template", template])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    for typed, template in (("{question} Think.", "{question} Think."), (r'"Q: {question}\n"', "Q: {question}\n")):
+        code, out, _ = call(typed)
+        assert code == 0
+        read = yaml.safe_load(out)["data"]["init_args"]["template"]
+        assert read == template
+        assert ReasoningProblems(path=path, template=read).problems[0].question == template.format(question="2+2?")
+    code, _, err = call("Q: {question}")
+    assert code == 2
+    assert "data.init_args.template: expected str, got {'Q': {'question': None}}" in err
+    assert "goes into quotes of its own: --data.template \"'...'\"" in err
 
 
 def test_texts_for_a_server(tmp_path: Path) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +19,6 @@ from zoo.methods.cot_potential.losses import Thresholds
 from zoo.methods.cot_potential.metrics import all_metrics, curve_metrics, pass_metrics
 from zoo.methods.cot_potential.module import CoTPotential
 from zoo.methods.cot_potential.proxies import trace_proxies
-from zoo.methods.cot_potential.report import colour, log_report, report_html, write_report, write_rows
 from zoo.methods.cot_potential.store import SampleStore
 from zoo.methods.cot_potential.streams import Policy
 from zoo.methods.cot_potential.studies import (
@@ -139,51 +135,6 @@ def test_proxies_of_exact_tables() -> None:
     assert float(found.forced[-1]) == float(trace.correct)
 
 
-def test_report_colours_gains_and_escapes_texts(tmp_path: Path) -> None:
-    assert colour(1) == "rgb(0,255,0)"
-    assert colour(-1) == "rgb(255,0,0)"
-    assert colour(0) == colour(float("nan")) == "rgb(255,255,255)"
-    bench = bench_of([PROBLEM])
-    rows = study_curves(bench, correct_traces(bench, [PROBLEM], [[]]))
-    rows[0]["chunks"][0] = "<script>alert(1)</script>"
-    page = report_html(rows, {"insight_rate": 0.5}, Thresholds())
-    assert "<script" not in page
-    assert "&lt;script&gt;" in page
-    assert page.count('class="chunk') == len(rows[0]["chunks"])
-    assert colour(rows[0]["pot"][1] - rows[0]["pot"][0]) in page
-    rows[0]["exact"][0] = float("nan")
-    write_rows(tmp_path, {"curves": rows})
-    stored = json.loads((tmp_path / "curves.jsonl").read_text(encoding="utf-8"))
-    assert stored["exact"][0] is None
-    assert stored["pot"] == rows[0]["pot"]
-
-
-def test_wandb_gets_the_page_and_a_table_of_events(tmp_path: Path) -> None:
-    wandb = pytest.importorskip("wandb")
-    from lightning.pytorch.loggers import WandbLogger
-
-    class Recorder(WandbLogger):
-        def __init__(self) -> None:
-            self.media: dict[str, Any] = {}
-            self.tables: dict[str, Any] = {}
-
-        @property
-        def experiment(self) -> Any:  # type: ignore[override]
-            return SimpleNamespace(log=self.media.update)
-
-        def log_table(self, key: str, columns: Any = None, data: Any = None, **kwargs: Any) -> None:
-            self.tables[key] = [dict(zip(columns, row, strict=True)) for row in data]
-
-    bench, logger = bench_of([PROBLEM]), Recorder()
-    rows = study_curves(bench, correct_traces(bench, [PROBLEM], [[]]))
-    path = write_report(tmp_path / "report.html", rows, {"insight_rate": 0.5}, Thresholds())
-    log_report([object(), logger], path, rows)
-    assert isinstance(logger.media["report"], wandb.Html)
-    (event,) = logger.tables["curves"]
-    assert event["key"] == rows[0]["key"]
-    assert event["insights"] == str(rows[0]["insights"])
-
-
 def test_the_figure_of_events_marks_each_one(problems: list[ChainProblem]) -> None:
     bench = bench_of(problems)
     rows = study_curves(bench, correct_traces(bench, problems, [[] for _ in problems]))
@@ -210,6 +161,9 @@ def test_given_traces_must_have_an_answer() -> None:
     [
         ({"lm": ""}, "exactly one"),
         ({"server": {"url": "http://x", "model": "m"}}, "exactly one"),
+        ({"lm": "", "server": {"url": "http://x"}}, "server.model: not given"),
+        ({"lm": "", "server": {"url": "http://x", "model": "m", "concurency": 2}}, "did you mean 'concurrency'"),
+        ({"lm": "", "server": {"url": "http://x", "model": "m", "concurrency": 0}}, "server.concurrency: 0"),
         ({"studies": ["curve"]}, "did you mean 'curves'"),
         ({"engine": "forks"}, "did you mean 'fork'"),
         ({"stop_width": 1.0}, "stop_width: 1.0"),

@@ -104,6 +104,28 @@ def test_problems_of_a_file_by_a_model_of_a_folder(folder: str, tmp_path: Path) 
     assert again.metrics["test/model_decoded_tokens"] == 0
 
 
+def test_the_other_studies_of_texts(folder: str, tmp_path: Path) -> None:
+    sizes = {"traces_per_problem": 6, "kept_per_problem": 1, "candidates": 6, "choice_samples": 12}
+    studies = ["curves", "optimise", "transfer", "proxies"]
+    more = {"model.studies": studies, "model.analysis": sizes, "model.chunk_size": 7, "data.problem_batch": 2}
+    found = run("test", run_dir=tmp_path / "test", **call_of(folder, tmp_path, **more))
+    rows = rows_of(tmp_path / "test" / "analysis" / "optimise.jsonl")
+    optimised = [row for row in rows if row["arm"] == "optimised"]
+    # chunks of seven tokens cut the box in two; a trace goes on until the model has ended it
+    assert all("".join(row["chunks"]) == row["text"] and row["text"].endswith(ANSWER) for row in optimised)
+    assert all(len(row["chunks"]) >= 2 for row in optimised)
+    assert found.metrics["test/optimised_final_potential"] == 1.0
+    assert {"transfer_acc_0", "transfer_foreign_acc"} <= {name.removeprefix("test/") for name in found.metrics}
+    for row in rows_of(tmp_path / "test" / "analysis" / "proxies.jsonl"):
+        assert len(row["surprisal"]) == len(row["entropy"]) == len(row["gain"])
+        assert row["forced"][0] is None  # texts do not say how to ask for the answer
+    # a run's own curves are traces for another model
+    given = {"data.traces": str(tmp_path / "test" / "analysis" / "curves.jsonl"), "model.studies": ["transfer"]}
+    again = run("test", run_dir=tmp_path / "again", **call_of(folder, tmp_path, **given))
+    assert again.metrics["test/transfer_traces"] == found.metrics["test/transfer_traces"] == 2
+    assert (tmp_path / "again" / "analysis" / "report.html").is_file()
+
+
 def test_given_traces_right_or_wrong(folder: str, tmp_path: Path) -> None:
     traces = tmp_path / "traces.jsonl"
     texts = {"a": f"13.\nso {ANSWER}", "b": "22.\nso \\boxed{5}"}

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class Problem(Protocol):
     """What a datamodule gives for a problem; traces are token ids, or text for a server."""
 
     key: str
+    #: What stands between chunks where they are read: nothing in texts, a space where tokens are words.
+    joint: ClassVar[str]
 
     @property
     def prompt(self) -> Any:
@@ -31,6 +33,9 @@ class Problem(Protocol):
 
     def judge(self, trace: Any) -> bool:
         """Whether the whole of a trace ends with the right answer."""
+
+    def ended(self, trace: Any) -> bool:
+        """Whether the model has ended the trace itself."""
 
     def pieces(self, trace: Any) -> list[str]:
         """Text of each token."""

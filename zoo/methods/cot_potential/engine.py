@@ -80,6 +80,9 @@ class Sampler(Protocol):
     def open(self, key: str, prompt: Any, trace: Any, cuts: Sequence[int]) -> Opened:
         """Prepare a trace."""
 
+    def room(self, prompt: Any, given: Any) -> int:
+        """Tokens that the budget leaves after what is given of a trace."""
+
     def complete(
         self, jobs: Sequence[Job], most: int = 0, stop: Sequence[Any] = (), sink: Sink | None = None
     ) -> list[list[Any]]:
@@ -177,6 +180,10 @@ class LocalEngine:
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
+
+    def room(self, prompt: Sequence[int], given: Sequence[int]) -> int:
+        """Tokens that the budget leaves after what is given of a trace."""
+        return self.policy.budget - len(given)
 
     @torch.no_grad()
     def open(self, key: str, prompt: Sequence[int], trace: Sequence[int], cuts: Sequence[int]) -> Opened:

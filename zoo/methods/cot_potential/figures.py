@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -15,8 +16,8 @@ Rows = Sequence[Mapping[str, Any]]
 _SHOWN = 6
 
 
-def all_figures(rows: Mapping[str, Rows]) -> dict[str, Figure]:
-    """Figures that there are rows for."""
+def all_figures(rows: Mapping[str, Rows], without: Collection[str] = ()) -> dict[str, Figure]:
+    """Figures that there are rows for, by name; those that are not wanted are not drawn."""
     makers = {
         "curves": ("curves", curves_figure),
         "mean_curve": ("curves", mean_figure),
@@ -25,7 +26,20 @@ def all_figures(rows: Mapping[str, Rows]) -> dict[str, Figure]:
         "transfer": ("transfer", transfer_figure),
         "optimised": ("optimise", optimise_figure),
     }
-    return {name: draw(rows[study]) for name, (study, draw) in makers.items() if rows.get(study)}
+    return {
+        name: draw(rows[study]) for name, (study, draw) in makers.items() if rows.get(study) and name not in without
+    }
+
+
+def png_images(rows: Mapping[str, Rows], dpi: int = 100) -> dict[str, bytes]:
+    """The figures of the report, which shows the curves itself, as PNG images."""
+    out = {}
+    for name, figure in all_figures(rows, without=("curves",)).items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=dpi)
+        pyplot.close(figure)
+        out[name] = buffer.getvalue()
+    return out
 
 
 def curves_figure(rows: Rows) -> Figure:

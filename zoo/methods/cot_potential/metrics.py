@@ -116,10 +116,21 @@ def transfer_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def proxy_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Area under the ROC curve of each proxy as a detector of planted insights among the chunks before the answer."""
+    """Area under the ROC curve of each proxy as a detector of insights among the chunks before the answer.
+
+    `auc_..` for planted insights, where there are such; `auc_.._measured` for those of the measured curves.
+    """
+    planted = [(r, k) for r in rows if any(r["kinds"]) for k in range(r["before_answer"])]
+    out = _areas(planted, [r["kinds"][k] in INSIGHT_KINDS for r, k in planted])
+    chunks = [(r, k) for r in rows for k in range(r["before_answer"])]
+    measured = _areas(chunks, [k in r["insights"] for r, k in chunks])
+    # the measured gain is what they are defined by
+    return out | {f"{name}_measured": area for name, area in measured.items() if name != "auc_potential_gain"}
+
+
+def _areas(chunks: Sequence[tuple[Mapping[str, Any], int]], found: Sequence[bool]) -> dict[str, float]:
     out: dict[str, float] = {}
-    chunks = [(r, k) for r in rows if any(r["kinds"]) for k in range(r["before_answer"])]
-    positive = torch.tensor([r["kinds"][k] in INSIGHT_KINDS for r, k in chunks], dtype=torch.bool)
+    positive = torch.tensor(found, dtype=torch.bool)
     scores = {
         "surprisal": [r["surprisal"][k] for r, k in chunks],
         "entropy": [r["entropy"][k] for r, k in chunks],

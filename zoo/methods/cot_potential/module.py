@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,7 @@ class CoTPotential(LightningModule):
         studies: What `test` measures: `curves`, `independent` (without reuse), `pass_at_k`, `optimise`, `transfer` and
             `proxies`.
         analysis: Sizes of the studies, see `zoo.methods.cot_potential.studies.Settings`.
-        report: Whether `test` and `predict` write `report.html`.
+        report: Whether `test` and `predict` write `report.html`; rows and tables of events are written anyway.
         lr: Peak learning rate of `fit`.
         betas: Momenta of AdamW.
         weight_decay: Weight decay of matrices.
@@ -132,10 +133,13 @@ class CoTPotential(LightningModule):
         final_lr: float = 0.03,
     ) -> None:
         super().__init__()
+        self.policy = Policy(temperature, top_p, budget, sample_seed)
         if bool(lm) == (server is not None):
             raise ValueError("lm, server: give exactly one of them")
         if server is not None and provider:
             raise ValueError(f"provider: {provider!r} with a server; traces of a file are given by the data")
+        if server is not None:
+            self._make_server(server)
         for study in studies:
             if study not in STUDIES:
                 raise ValueError(f"studies: {study!r} is not accepted; {did_you_mean(study, STUDIES)}")
@@ -143,7 +147,6 @@ class CoTPotential(LightningModule):
             raise ValueError(f"engine: {engine!r} is not accepted; {did_you_mean(engine, SCHEMES)}")
         if not 0 <= stop_width < 1:
             raise ValueError(f"stop_width: {stop_width} is not accepted; accepted: 0 (never) to below 1")
-        self.policy = Policy(temperature, top_p, budget, sample_seed)
         self.chunker = Chunker(chunker, chunk_size, step_token)
         self.thresholds = Thresholds(insight_rise, tangent_fall, guess_below)
         unknown = [key for key in analysis or {} if key not in Settings.__dataclass_fields__ or key == "samples"]
@@ -211,16 +214,27 @@ class CoTPotential(LightningModule):
             "stop_width": hparams["stop_width"],
         }
         if hparams["server"] is not None:
-            from zoo.methods.cot_potential.server import ServerEngine
-
             store = SampleStore(folder / f"server-{fingerprint(None, *facts)}-{self.global_rank}.jsonl")
-            return Bench(ServerEngine(self.policy, **hparams["server"]), store, **options)
+            return Bench(self._make_server(hparams["server"]), store, **options)
         model = self.net
         if name == "provider":
             model = load_provider(hparams["provider"], hparams["vocab_size"] or None).to(self.device)
         store = SampleStore(folder / f"{name}-{fingerprint(model, *facts)}-{self.global_rank}.jsonl")
         engine = LocalEngine(model, [hparams["eos_id"]], self.policy, hparams["engine"], hparams["max_rows"])
         return Bench(engine, store, model=model, **options)
+
+    def _make_server(self, options: Mapping[str, Any]) -> Any:
+        """The engine of a server; also made once to see that the options are accepted."""
+        from zoo.methods.cot_potential.server import ServerEngine
+
+        accepted = [name for name in signature(ServerEngine).parameters if name != "policy"]
+        for key in options:
+            if key not in accepted:
+                raise ValueError(f"server.{key}: not accepted; {did_you_mean(key, accepted)}")
+        for key in ("url", "model"):
+            if not options.get(key):
+                raise ValueError(f"server.{key}: not given; accepted: {{url: http://127.0.0.1:8000/v1, model: NAME}}")
+        return ServerEngine(self.policy, **options)
 
     def _start_analysis(self) -> None:
         self.rows, self._benches = {}, {}
@@ -310,13 +324,16 @@ class CoTPotential(LightningModule):
     def _write(self) -> None:
         if not self.trainer.is_global_zero or not self.rows:
             return
+        from zoo.methods.cot_potential.figures import png_images
         from zoo.methods.cot_potential.report import log_report, write_report, write_rows
 
         folder = Path(self.trainer.default_root_dir) / "analysis"
         write_rows(folder, self.rows)
-        if self.hparams["report"] and self.rows.get("curves"):
-            path = write_report(folder / "report.html", self.rows["curves"], all_metrics(self.rows), self.thresholds)
-            log_report(self.trainer.loggers, path, self.rows["curves"])
+        if self.hparams["report"]:
+            curves, unit = self.rows.get("curves", []), "tokens" if self.hparams["server"] is None else "characters"
+            images = png_images(self.rows)
+            path = write_report(folder / "report.html", curves, all_metrics(self.rows), self.thresholds, images, unit)
+            log_report(self.trainer.loggers, path, curves)
 
     def figures(self) -> dict[str, Figure]:
         """Curves with their intervals, pass@k, transfer and optimised traces; what there is data for."""

@@ -52,7 +52,7 @@ def optimise_traces(
     """
     states = [_State(problem, problem.prompt[:0]) for problem in problems]
     for step in range(most_chunks):
-        live = [i for i, s in enumerate(states) if not s.ended and len(s.tokens) < engine.policy.budget]
+        live = [i for i, s in enumerate(states) if not s.ended]
         if not live:
             break
         jobs = []
@@ -78,10 +78,8 @@ def optimise_traces(
 
 
 def _ended(trace: Trace, engine: Sampler) -> bool:
-    """Whether the answer is there, or no room is left."""
-    tokens = trace.tokens
-    answered = trace.problem.answer_start(tokens) < len(tokens)
-    return answered or len(tokens) >= engine.policy.budget
+    """Whether the model has ended the trace, or no room is left; an answer alone may be the first half of one."""
+    return trace.problem.ended(trace.tokens) or engine.room(trace.problem.prompt, trace.tokens) < 1
 
 
 def _trials(state: _State, chunks: Sequence[Any], hold_back: bool) -> list[Trace]:

@@ -135,12 +135,16 @@ def curve_row(curve: Curve, thresholds: Thresholds) -> Row:
     strict = find_events(pot, trace.before_answer, trace.correct, thresholds)
     tolerant = find_events(pot, trace.before_answer, trace.correct, thresholds, tolerance)
     low, high = curve.interval()
+    chunks = [trace.problem.text(trace.tokens[a:b]) for a, b in pairwise(trace.boundaries)]
     row: Row = {
         "key": trace.key,
+        "problem": trace.problem.key,
         "correct": trace.correct,
         "boundaries": list(trace.boundaries),
         "before_answer": trace.before_answer,
-        "chunks": [trace.problem.text(trace.tokens[a:b]) for a, b in pairwise(trace.boundaries)],
+        "chunks": chunks,
+        "joint": trace.problem.joint,
+        "text": trace.problem.text(trace.tokens),
         "pot": pot.tolist(),
         "low": low.tolist(),
         "high": high.tolist(),
@@ -254,10 +258,10 @@ def study_transfer(bench: Bench, traces: Sequence[Trace]) -> list[Row]:
 
 def study_proxies(bench: Bench, traces: Sequence[Trace], rows: Sequence[Row]) -> list[Row]:
     """Proxies of the traces whose curves were measured."""
-    potentials = {row["key"]: row["pot"] for row in rows}
+    known = {row["key"]: row for row in rows}
     out = []
     for trace in traces:
-        if trace.key not in potentials or bench.model is None:
+        if trace.key not in known or bench.model is None:
             continue
         found = trace_proxies(bench.model, trace)
         kinds, _ = trace.problem.annotate(trace.tokens, trace.boundaries)
@@ -269,7 +273,8 @@ def study_proxies(bench: Bench, traces: Sequence[Trace], rows: Sequence[Row]) ->
                 "surprisal": found.surprisal.tolist(),
                 "entropy": found.entropy.tolist(),
                 "forced": found.forced.tolist(),
-                "gain": torch.tensor(potentials[trace.key]).diff().tolist(),
+                "gain": torch.tensor(known[trace.key]["pot"]).diff().tolist(),
+                "insights": known[trace.key]["insights"],
             }
         )
     return out
