@@ -128,6 +128,30 @@ class RunCSVLogger(Logger):
         self.flush()
 
 
+#: Where W&B Launch keeps inputs that a program has staged for its next run.
+_STAGED = "wandb.sdk.launch.inputs.internal"
+
+
+def look_for_launch_inputs_where_there_are_any(run: Any) -> None:
+    """Keep a class of W&B runs from importing W&B Launch to find nothing, most of a second at each start.
+
+    Only a program that has imported it can have staged inputs. A release of W&B without that step is left as it is.
+
+    Args:
+        run: `wandb.sdk.wandb_run.Run`.
+    """
+    look = getattr(run, "_detect_and_apply_job_inputs", None)
+    if look is None or getattr(look, "_looks_first", False):
+        return
+
+    def apply_staged(self: Any) -> None:
+        if _STAGED in sys.modules:
+            look(self)
+
+    apply_staged._looks_first = True  # type: ignore[attr-defined]
+    run._detect_and_apply_job_inputs = apply_staged
+
+
 class RunWandbLogger(WandbLogger):
     """W&B in the directory of the run, offline unless `--wandb online` or `WANDB_MODE` says otherwise.
 
@@ -181,6 +205,7 @@ class RunWandbLogger(WandbLogger):
         """Start W&B; where online does not work, go on offline and say so."""
         import wandb
 
+        look_for_launch_inputs_where_there_are_any(wandb.sdk.wandb_run.Run)
         self._run_dir.mkdir(parents=True, exist_ok=True)
         self._wandb_init["mode"] = self._mode
         # Lightning passes it, W&B removed it

@@ -10,30 +10,18 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.core import module
-from lightning.pytorch.loops import training_epoch_loop
-from lightning.pytorch.trainer import call
-from lightning.pytorch.trainer.connectors.logger_connector import result
 
 from zoo import run, shortcuts
 from zoo.testing.compare import row_differences
 from zoo.testing.subject import read_rows
 
 SHORT = {"trainer.max_steps": 6, "trainer.val_check_interval": 3, "trainer.log_every_n_steps": 1}
-#: What the shortcuts stand in for: owner, attribute, Lightning's own.
-PLACES: list[tuple[Any, str, Any]] = [
-    (result._ResultMetric, "to", shortcuts._move),
-    (LightningModule, "log", shortcuts._log),
-    (call, "_call_callback_hooks", shortcuts._callbacks),
-    (call, "_call_lightning_module_hook", shortcuts._module_hook),
-    (module, "is_param_in_hook_signature", shortcuts._inspect),
-    (training_epoch_loop, "is_param_in_hook_signature", shortcuts._inspect),
-]
 
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Lightning as it was installed, until a test takes the shortcuts, and as it was before afterwards."""
-    for owner, name, original in PLACES:
+    for owner, name, original, _ in shortcuts.PLACES:
         monkeypatch.setattr(owner, name, original)
     return monkeypatch
 
@@ -45,9 +33,11 @@ def rows(folder: Path, config: str = "suave/smoke") -> list[dict[str, str]]:
 
 def test_every_place_is_there_and_taken(plain: pytest.MonkeyPatch) -> None:
     shortcuts.install()
-    for owner, name, original in PLACES:
+    for owner, name, original, ours in shortcuts.PLACES:
         assert original is not None, f"{name} is not where it was"
-        assert getattr(owner, name) is not original
+        assert getattr(owner, name) is ours
+    shortcuts.uninstall()
+    assert all(getattr(owner, name) is original for owner, name, original, _ in shortcuts.PLACES)
 
 
 def test_metrics_are_the_same_and_hardly_anything_is_done_again(tmp_path: Path, plain: pytest.MonkeyPatch) -> None:
@@ -68,8 +58,7 @@ def test_metrics_are_the_same_and_hardly_anything_is_done_again(tmp_path: Path, 
     shortcuts._signatures.clear()
     quick = rows(tmp_path / "quick")
     few, seldom = len(logged), len(inspected)
-    for owner, name, original in PLACES:
-        plain.setattr(owner, name, original)
+    shortcuts.uninstall()
     plain.setattr(LightningModule, "log", counted)
     plain.setattr(module, "is_param_in_hook_signature", noted)
     plain.setattr(shortcuts, "install", lambda: None)

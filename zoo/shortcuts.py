@@ -133,15 +133,26 @@ def _has_parameter(hook_fx: Any, param: str, explicit: bool = False, min_args: i
     return answers[question]
 
 
+#: Where the shortcuts go: owner, attribute, Lightning's own, ours. A release that lacks a place keeps what it has.
+PLACES: list[tuple[Any, str, Any, Any]] = [
+    (_metric, "to", _move, _to),
+    (LightningModule, "log", _log, _log_again),
+    (_call, "_call_callback_hooks", _callbacks, _call_callbacks),
+    (_call, "_call_lightning_module_hook", _module_hook, _call_module),
+    (_core, "is_param_in_hook_signature", _inspect, _has_parameter),
+    (_steps, "is_param_in_hook_signature", _inspect, _has_parameter),
+]
+
+
 def install() -> None:
     """Take the shortcuts from now on; a second call does nothing."""
-    if _move is not None:
-        _metric.to = _to
-        LightningModule.log = _log_again  # type: ignore[method-assign]
-    if _callbacks is not None:
-        _call._call_callback_hooks = _call_callbacks
-    if _module_hook is not None:
-        _call._call_lightning_module_hook = _call_module
-    for user in (_core, _steps):
-        if hasattr(user, "is_param_in_hook_signature"):
-            user.is_param_in_hook_signature = _has_parameter
+    for owner, name, original, ours in PLACES:
+        if original is not None and hasattr(owner, name):
+            setattr(owner, name, ours)
+
+
+def uninstall() -> None:
+    """Go Lightning's own way again."""
+    for owner, name, original, _ in PLACES:
+        if original is not None and hasattr(owner, name):
+            setattr(owner, name, original)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import csv
+import os
+import subprocess
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from callbacks import loggers
-from callbacks.loggers import RunCSVLogger
+from callbacks.loggers import _STAGED, RunCSVLogger, look_for_launch_inputs_where_there_are_any
 from callbacks.resume_checkpoint import ResumeCheckpoint
 from tests.callbacks.toy import fit
 
@@ -78,3 +82,37 @@ def test_every_checkpoint_finds_its_rows_on_the_disk(tmp_path: Path, monkeypatch
     fit(tmp_path, [ResumeCheckpoint(every_n_steps=2)], logger=logger)
     assert len(seen) > 2
     assert all(row >= step - 1 for step, row in seen), seen
+
+
+def test_launch_inputs_are_looked_for_only_where_there_can_be_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Run:
+        looked = 0
+
+        def _detect_and_apply_job_inputs(self) -> None:
+            self.looked += 1
+
+    class Other:
+        pass
+
+    for _ in range(2):
+        look_for_launch_inputs_where_there_are_any(Run)
+        look_for_launch_inputs_where_there_are_any(Other)
+    assert not hasattr(Other, "_detect_and_apply_job_inputs")
+    run = Run()
+    monkeypatch.delitem(sys.modules, _STAGED, raising=False)
+    run._detect_and_apply_job_inputs()
+    assert run.looked == 0
+    monkeypatch.setitem(sys.modules, _STAGED, types.ModuleType(_STAGED))
+    run._detect_and_apply_job_inputs()
+    assert run.looked == 1
+
+
+def test_a_run_starts_without_wandb_launch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from callbacks.loggers import RunWandbLogger;"
+        "logger = RunWandbLogger(mode='offline'); logger.experiment.log({'a': 1}); logger.close(0);"
+        "assert 'wandb.sdk.launch' not in sys.modules, 'it takes most of a second'"
+    )
+    env = {**os.environ, "ZOO_RUN_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, cwd=tmp_path)
+    assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
