@@ -2,8 +2,9 @@
 
     python benchmarks/cot_potential_arms.py --strong STRONG.ckpt --weak WEAK.ckpt [--problems 40] [--seed 0]
 
-Takes the two models of a reproduction and writes `results/cot_potential_arms.json` and `.md`. Nothing here is a claim:
-each number comes from one pair of models and is a mean over their traces.
+Takes the two models of a reproduction and writes `results/bench/cot_potential_arms.json` and `.md` after each arm; what
+an earlier call has measured under the same terms is kept. One number has a target, fixed before it was measured;
+the others are looked at. Each comes from one pair of models and is a mean over their traces.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from datamodules.reasoning_chain import ReasoningChain
-from zoo import runs
+from zoo.bench.report import comparison, write_bench
 from zoo.claims.results import table
 from zoo.config import load_layers
 from zoo.methods.cot_potential.curves import Chunker, Trace, make_trace, sample_curves
@@ -178,7 +179,8 @@ def measure(
         "candidates": lambda: vary_candidates(own, few, ((1, 0), (4, 0), (16, 0), (16, 3)), options["budget"]),
     }
     for name in names:
-        yield name, makers[name]()
+        # a mean over nothing is no number
+        yield name, [{key: None if value != value else value for key, value in row.items()} for row in makers[name]()]
 
 
 _TITLES = {
@@ -190,13 +192,26 @@ _TITLES = {
 }
 
 
+_STATEMENT = (
+    "share of problems that the weak model solves after the first 20 % of a correct trace, less that after as many "
+    "chunks of other problems' traces"
+)
+_TARGET = 0.4
+
+
+def own_over_random(rows: Sequence[dict[str, Any]]) -> float:
+    """The number with a target, from the rows of `transfer`."""
+    row = next(row for row in rows if row["share"] == 0.2)
+    return float(row["own"] - row["random_chunks"])
+
+
 def as_page(arms: dict[str, list[dict[str, Any]]], facts: str) -> str:
     """The arms as tables."""
     parts = ["# Arms of CoT potential\n\nMade by `benchmarks/cot_potential_arms.py`; not to be edited.\n",
              facts + "\n"]  # fmt: skip
     for name, rows in arms.items():
         columns = list(rows[0])
-        cells = [[f"{row[c]:.3g}" for c in columns] for row in rows]
+        cells = [["–" if row[c] is None else f"{row[c]:.3g}" for c in columns] for row in rows]
         parts.append(f"## {_TITLES[name]}\n\n" + table([c.replace("_", " ") for c in columns], cells) + "\n")
     return "\n".join(parts)
 
@@ -210,19 +225,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the data; that of the checkpoints")
     parser.add_argument("--counts", type=int, nargs="+", default=[8, 32, 128, 512], help="completions to compare")
     parser.add_argument("--arms", nargs="+", default=list(_TITLES), choices=list(_TITLES))
-    parser.add_argument("--out", type=Path, default=Path("results/cot_potential_arms.json"))
+    parser.add_argument("--out", type=Path, default=Path("results/bench/cot_potential_arms.json"))
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     facts = {"config": CONFIG, "seed": args.seed, "problems": args.problems}
     known = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
-    # what an earlier call has measured under the same terms is kept
     arms = known["arms"] if known and {key: known[key] for key in facts} == facts else {}
-    for name, rows in measure(args.strong, args.weak, args.problems, args.seed, args.counts, args.arms):
+    # the number with a target comes from the first arm
+    wanted = [name for name in _TITLES if name in args.arms or (name == "transfer" and name not in arms)]
+    for name, rows in measure(args.strong, args.weak, args.problems, args.seed, args.counts, wanted):
         arms = {key: rows if key == name else arms[key] for key in _TITLES if key == name or key in arms}
-        content = {**facts, "arms": arms, "hardware": runs.hardware(), "versions": runs.versions(),
-                   "commit": runs.commit()}  # fmt: skip
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        content = comparison(args.out.stem, _STATEMENT, own_over_random(arms["transfer"]), "", ">=", _TARGET,
+                             {**facts, "arms": arms})  # fmt: skip
+        write_bench(args.out, content)
         said = f"{args.problems} problems of seed {args.seed}; torch {content['versions']['torch']}."
         args.out.with_suffix(".md").write_text(as_page(arms, said), encoding="utf-8")
         print(f"{name}: done", flush=True)

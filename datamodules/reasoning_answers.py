@@ -13,7 +13,14 @@ FORMS = ("integer", "math", "choice", "code")
 #: What stands before an answer, besides `\boxed`.
 _MARKER = re.compile(r"(?:####|(?:final\s+)?answer\s*(?:is\b|:|=)+)[\s*$:]*", re.IGNORECASE)
 _INTEGER = re.compile(r"[-+]?\d[\d,]*(?![\d.]*\d)")
-_LETTER = re.compile(r"\(?\b([A-J])\b\)?")
+#: Where the letter of a choice stands, the surest place first: alone, at the beginning before a bracket or the like, in
+#: brackets, anywhere as a capital that is no word (`A circle`, `I think`).
+_LETTERS = (
+    re.compile(r"^\W*([A-Ja-j])\W*$"),
+    re.compile(r"^\W*([A-J])\s*[).:,;\]]"),
+    re.compile(r"[(\[{]\s*([A-Ja-j])\s*[)\]}]"),
+    re.compile(r"\b([B-HJ])\b|\b([AI])\b(?!\s+[a-z])"),
+)
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 
 
@@ -84,6 +91,18 @@ def as_integer(text: str) -> int | None:
     return int(plain) if re.fullmatch(r"[-+]?\d{1,4000}", plain) else None
 
 
+def read_letter(answer: str) -> str | None:
+    """Read the letter of a choice, A to J, out of an answer; None if there is none.
+
+    `(b)`, `B.`, `\\text{B}`, `B) because of D` and `option B` are B; `A circle`, `none of them` are none.
+    """
+    for pattern in _LETTERS:
+        found = pattern.search(answer)
+        if found:
+            return next(letter for letter in found.groups() if letter).upper()
+    return None
+
+
 @lru_cache(maxsize=65536)
 def check_answer(text: str, reference: str, form: str) -> bool:
     """Whether a text gives the right answer; one without an answer does not.
@@ -100,8 +119,7 @@ def check_answer(text: str, reference: str, form: str) -> bool:
     if given is None:
         return False
     if form == "choice":
-        letters = _LETTER.findall(given.upper())
-        return bool(letters) and letters[0] == reference.strip().upper()
+        return read_letter(given) == reference.strip().strip("()").upper()
     mine, right = as_integer(given), as_integer(reference)
     if mine is not None and right is not None:
         return mine == right

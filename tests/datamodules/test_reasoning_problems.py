@@ -18,6 +18,7 @@ from datamodules.reasoning_answers import (
     extract_answer,
     math_verify,
     plain_references,
+    read_letter,
     run_tests,
 )
 from datamodules.reasoning_problems import END, ReasoningProblems, TextProblem
@@ -54,6 +55,19 @@ def test_whole_numbers_need_no_library() -> None:
     assert not check_answer(r"\boxed{1/2}", "1", "integer")
     assert check_answer("Answer: (c)", "C", "choice")
     assert not check_answer("Answer: none of them", "C", "choice")
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("(b)", "B"), ("B.", "B"), ("b", "B"), ("**C**", "C"), (r"\text{B}", "B"), (r"\textbf{(D)}", "D"),
+        ("B) because of D", "B"), ("option B", "B"), ("C: 4 apples", "C"), ("I believe (C)", "C"), ("[A]", "A"),
+        ("I think B", "B"), ("A circle", None), ("none of them", None), ("42", None), ("", None), ("A, since a", "A"),
+        ("B) not (D)", "B"),
+    ],
+)  # fmt: skip
+def test_letters_of_choices(answer: str, letter: str | None) -> None:
+    assert read_letter(answer) == letter
 
 
 def test_latex_needs_one_and_says_which(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from datamodules.reasoning_chain_task import ChainProblem
 from tests.methods.cot_toy import PROBLEM, TASK, WRITER, TabularLM
+from zoo.bench.report import page
 from zoo.methods.cot_potential.curves import Chunker
 from zoo.methods.cot_potential.engine import LocalEngine
 from zoo.methods.cot_potential.losses import Thresholds
@@ -89,6 +91,30 @@ class _Forgiving(TabularLM):
         except (KeyError, IndexError):
             end = super().row(prompt, (TASK.ids["EOS"],))
             return end
+
+
+def test_arms_of_several_calls_end_in_one_file(arms: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    row = {"share": 0.2, "own": 0.75, "random_chunks": 0.25}
+
+    def measure(*args: Any) -> Any:
+        asked.append(list(args[-1]))
+        return ((name, [row if name == "transfer" else {"a": 1.0}]) for name in args[-1])
+
+    monkeypatch.setattr(arms, "measure", measure)
+    out = tmp_path / "cot_potential_arms.json"
+    call = ["--strong", "s.ckpt", "--weak", "w.ckpt", "--problems", "3", "--out", str(out)]
+    arms.main([*call, "--arms", "chunks"])
+    arms.main([*call, "--arms", "samples"])
+    assert asked == [["transfer", "chunks"], ["samples"]]
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert list(found["arms"]) == ["transfer", "samples", "chunks"]
+    assert (found["value"], found["holds"]) == (0.5, True)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == page(tmp_path)
+    assert "## Length of chunks" in out.with_suffix(".md").read_text(encoding="utf-8")
+    arms.main(["--problems", "4", *call[:4], "--out", str(out), "--arms", "chunks"])
+    assert asked[-1] == ["transfer", "chunks"]  # other terms: all anew
+    assert list(json.loads(out.read_text(encoding="utf-8"))["arms"]) == ["transfer", "chunks"]
 
 
 def test_the_page_has_a_table_for_each_arm(arms: Any) -> None:
