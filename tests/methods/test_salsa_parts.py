@@ -56,7 +56,7 @@ def test_answers_follow_the_distribution_of_the_model() -> None:
     engine.sync(model)
     ids = torch.tensor([[1, 5, 7]])
     count = 20_000
-    tokens, _ = engine(ids.expand(count, -1), torch.ones(count, 3, dtype=torch.bool), torch.arange(count), 5)
+    tokens, *_ = engine(ids.expand(count, -1), torch.ones(count, 3, dtype=torch.bool), torch.arange(count), 5)
     with torch.no_grad():
         expected = torch.softmax(model(ids).logits[0, -1].double() / HOW.temperature, dim=0) * count
     seen = torch.bincount(tokens[:, 0], minlength=9).double()
@@ -70,8 +70,8 @@ def test_answers_do_not_depend_on_the_batch() -> None:
     engine.sync(model_of())
     ids, mask = left_pad([torch.tensor([1, 5, 7, 8]), torch.tensor([4]), torch.tensor([6, 6])])
     rows = torch.tensor([10, 11, 12])
-    tokens, answer_mask = engine(ids, mask, rows, 3)
-    alone, alone_mask = engine(ids[1:2, -1:], mask[1:2, -1:], rows[1:2], 3)
+    tokens, answer_mask, *_ = engine(ids, mask, rows, 3)
+    alone, alone_mask, *_ = engine(ids[1:2, -1:], mask[1:2, -1:], rows[1:2], 3)
     assert tokens[1].tolist() == alone[0].tolist()
     assert answer_mask[1].tolist() == alone_mask[0].tolist()
     assert tokens.shape == answer_mask.shape == (3, 5)
@@ -150,7 +150,7 @@ def test_the_vllm_engine_gets_prompts_without_padding_and_the_present_weights() 
             torch.nn.init.normal_(p)
     engine.sync(model)
     ids, mask = left_pad([torch.tensor([1, 5, 7]), torch.tensor([4])])
-    tokens, answer_mask = engine(ids, mask, torch.tensor([0, 1]), 3)
+    tokens, answer_mask, *_ = engine(ids, mask, torch.tensor([0, 1]), 3)
     assert tokens.tolist() == [[3, 2, 0, 0, 0], [1, 2, 0, 0, 0]]
     assert answer_mask.sum(dim=1).tolist() == [2, 2]
     first, second = engine.llm.params

@@ -45,9 +45,9 @@ def evaluate_prompts(module: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, 
     Returns:
         Prompts, their mask, answers and their mask.
     """
-    tokens, mask = module.answer(batch, batch["row"], module.hparams["eval_seed"])
+    tokens, mask = module.answer(batch, batch["row"], module.hparams["eval_seed"])[:2]
     answers = (batch["prompt_ids"], batch["prompt_mask"], tokens, mask)
-    logprobs, _, entropy = module.evaluate_policy(*answers)
+    logprobs, _, entropy = module.evaluate_policy(*answers, entropy=True)
 
     def kl_to(reference: Tensor) -> Tensor:
         return torch.where(mask, losses.k1(logprobs, reference), 0).sum(dim=1)
@@ -115,7 +115,7 @@ def rewards_of(module: Any, policy: Any, seed: int, most: int = 0) -> dict[str, 
             continue
         part = {key: value[rows] for key, value in batch.items()}
         if len(part["row"]):
-            answers = module.answer(part, part["row"], seed, policy)
+            answers = module.answer(part, part["row"], seed, policy)[:2]
             score = module.score(part["prompt_ids"], part["prompt_mask"], *answers)
             reward = module.gold(part["prompt_ids"], *answers) if gold else score
         else:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.methods.salsa.decoding import decoder_of
 from zoo.methods.salsa.losses import truncate
 from zoo.nn.distributed import is_distributed
-from zoo.nn.kv_cache import preallocated_cache
-from zoo.nn.sampling import generate
 
 ENGINES = ("in_process", "vllm")
 
@@ -32,13 +29,28 @@ class Sampling(NamedTuple):
     pad_id: int
 
 
+class Drawn(NamedTuple):
+    """Answers of `B` rows."""
+
+    tokens: Tensor
+    """int64 `[B, length]`, filled up after the end."""
+    mask: Tensor
+    """bool `[B, length]`."""
+    logprobs: Tensor | None = None
+    """Of each token under the distribution that it was drawn from, float32 `[B, length]`; 0 after the end."""
+    entropy: Tensor | None = None
+    """Of that distribution, nats."""
+
+
 class Engine(Protocol):
-    """Draws answers. Log-probabilities are never taken from it: the trainer computes them itself."""
+    """Draws answers."""
 
     def sync(self, policy: Any) -> None:
         """Take over the present weights; called before each batch of answers."""
 
-    def __call__(self, prompt_ids: Tensor, prompt_mask: Tensor, rows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, rows: Tensor, seed: int, likelihood: bool = False
+    ) -> Drawn:
         """Draw an answer to each prompt.
 
         Args:
@@ -46,9 +58,8 @@ class Engine(Protocol):
             prompt_mask: bool `[B, P]`.
             rows: Number of each row in the global batch, int64 `[B]`: an answer follows from prompt, row and seed.
             seed: Changes all answers.
-
-        Returns:
-            Tokens int64 `[B, length]` and mask bool `[B, length]`.
+            likelihood: Whether log-probabilities and entropies are of use. An engine gives them only if they are what
+                the trainer would compute; what is None the trainer computes itself.
         """
 
 
@@ -71,39 +82,10 @@ def uniforms(seed: int, rows: Tensor, steps: int) -> Tensor:
     return ((z >> 11) & ((1 << 53) - 1)).double() / 2**53
 
 
-class _Inverse:
-    """A model whose most likely token is the one that a given number in [0, 1) selects from the real distribution.
-
-    It also spares the model what a batch of known length does not need: its cache is allocated once, and there is no
-    mask where no prompt is padded.
-
-    Args:
-        model: The language model.
-        numbers: `[B, steps]`.
-        temperature: Divides the logits.
-        capacity: Tokens of a prompt and an answer.
-        padded: Whether a prompt is padded.
-    """
-
-    def __init__(self, model: Any, numbers: Tensor, temperature: float, capacity: int, padded: bool) -> None:
-        self.model, self.numbers, self.temperature, self.step = model, numbers, temperature, 0
-        self.capacity, self.padded = capacity, padded
-
-    def __call__(self, **inputs: Any) -> Any:
-        if inputs["past_key_values"] is None:
-            inputs["past_key_values"] = preallocated_cache(self.model.config, self.capacity)
-        if not self.padded:  # then all rows have the same positions too
-            inputs |= {"attention_mask": None, "position_ids": inputs["position_ids"][:1]}
-        output = self.model(**inputs)
-        cumulated = torch.softmax(output.logits[:, -1].double() / self.temperature, dim=-1).cumsum(dim=-1)
-        chosen = torch.searchsorted(cumulated, self.numbers[:, self.step, None] * cumulated[:, -1:], right=True)
-        self.step += 1
-        logits = F.one_hot(chosen[:, 0].clamp(max=cumulated.shape[-1] - 1), cumulated.shape[-1])[:, None]
-        return SimpleNamespace(logits=logits, past_key_values=output.past_key_values)
-
-
 class InProcess:
-    """The batched sampler of `zoo.nn.sampling` on the policy itself.
+    """A batched sampler on the policy itself, by inversion of the cumulated distribution.
+
+    Answers do not depend on the batch that they are drawn in. Rows that have ended are dropped once they are half.
 
     Args:
         sampling: How answers are drawn.
@@ -118,17 +100,42 @@ class InProcess:
         self.policy = policy
 
     @torch.no_grad()
-    def __call__(self, prompt_ids: Tensor, prompt_mask: Tensor, rows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Draw by inversion of the cumulated distribution, so that answers do not depend on the batch."""
-        how = self.sampling
-        capacity, padded = prompt_ids.shape[1] + how.length, not bool(prompt_mask.all())
-        model = _Inverse(self.policy, uniforms(seed, rows, how.length), how.temperature, capacity, padded)
-        # Under FSDP every process has to take part in every step, so that none may stop early.
-        end = None if is_distributed() else how.eos_id
-        drawn = generate(
-            model, prompt_ids, how.length, prompt_mask, temperature=0, eos_id=end, pad_id=how.pad_id
-        ).tokens
-        return truncate(F.pad(drawn, (0, how.length - drawn.shape[1]), value=how.pad_id), how.eos_id, how.pad_id)
+    def __call__(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, rows: Tensor, seed: int, likelihood: bool = False
+    ) -> Drawn:
+        """Draw; there are likelihoods if the model computes in float32: then they are those of a trainer's pass."""
+        how, count = self.sampling, len(prompt_ids)
+        decoder = decoder_of(self.policy, prompt_mask, prompt_ids.shape[1] + how.length)
+        numbers, here = uniforms(seed, rows, how.length), torch.arange(count, device=prompt_ids.device)
+        tokens = prompt_ids.new_full((count, how.length), how.pad_id)
+        found = numbers.new_zeros(2, count, how.length)
+        going, ids = torch.ones_like(here, dtype=torch.bool), prompt_ids
+        for step in range(how.length):
+            logits = decoder(ids)
+            likelihood = likelihood and logits.dtype == torch.float32
+            logs = torch.log_softmax(logits.double() / how.temperature, dim=-1)
+            shares = logs.exp()
+            cumulated = shares.cumsum(dim=-1)
+            ids = torch.searchsorted(cumulated, numbers[here, step, None] * cumulated[:, -1:], right=True)
+            ids = ids.clamp_(max=logs.shape[-1] - 1)
+            tokens[here, step] = ids[:, 0]
+            if likelihood:
+                found[0, here, step] = logs.gather(1, ids)[:, 0]
+                found[1, here, step] = -(shares * logs).sum(dim=1)
+            if is_distributed():  # under FSDP every process has to take part in every step
+                continue
+            going &= ids[:, 0] != how.eos_id
+            left = int(going.sum())
+            if not left:
+                break
+            if decoder.can_drop and 2 * left <= len(here):
+                kept = going.nonzero()[:, 0]
+                decoder.keep(kept)
+                here, ids, going = here[kept], ids[kept], going[kept]
+        tokens, mask = truncate(tokens, how.eos_id, how.pad_id)
+        if not likelihood:
+            return Drawn(tokens, mask)
+        return Drawn(tokens, mask, *torch.where(mask, found, 0).float())
 
 
 class VLLM:
@@ -159,8 +166,10 @@ class VLLM:
         runner.model.load_weights(merged_weights(policy).items())
         self.llm.reset_prefix_cache()
 
-    def __call__(self, prompt_ids: Tensor, prompt_mask: Tensor, rows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Draw; each row has a seed of its own."""
+    def __call__(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, rows: Tensor, seed: int, likelihood: bool = False
+    ) -> Drawn:
+        """Draw; each row has a seed of its own, and likelihoods are left to the trainer."""
         how = self.sampling
         prompts = [
             {"prompt_token_ids": ids[mask].tolist()} for ids, mask in zip(prompt_ids, prompt_mask.bool(), strict=True)
@@ -181,7 +190,7 @@ class VLLM:
         for row, output in enumerate(self.llm.generate(prompts, params, use_tqdm=False)):
             drawn = list(output.outputs[0].token_ids)
             tokens[row, : len(drawn)] = torch.tensor(drawn, dtype=torch.int64)
-        return truncate(tokens.to(prompt_ids.device), how.eos_id, how.pad_id)
+        return Drawn(*truncate(tokens.to(prompt_ids.device), how.eos_id, how.pad_id))
 
 
 def build_engine(kind: str, lm: str | Mapping[str, Any], sampling: Sampling, options: Mapping[str, Any]) -> Engine:

@@ -19,7 +19,7 @@ from zoo.card import Card
 from zoo.errors import UsageError
 from zoo.methods.salsa import evaluation, losses
 from zoo.methods.salsa.frozen import FrozenNetworks, member_states, mixed
-from zoo.methods.salsa.generation import Engine, InProcess, Sampling, build_engine, drawn_seed
+from zoo.methods.salsa.generation import Drawn, Engine, InProcess, Sampling, build_engine, drawn_seed
 from zoo.methods.salsa.networks import (
     ScalarModel,
     add_adapters,
@@ -270,7 +270,7 @@ class Salsa(LightningModule):
         if self.value is not None:
             lr = hp["value_lr"] if hp["value"] == "separate" else hp["lr"]
             groups.append({"params": [p for p in self.value.parameters() if p.requires_grad], "lr": lr})
-        optimizer = torch.optim.AdamW(groups, eps=hp["adam_eps"], weight_decay=0.0)
+        optimizer = torch.optim.AdamW(groups, eps=hp["adam_eps"], weight_decay=0.0, fused=True)
         if hp["schedule"] == "constant":
             return optimizer
         steps = total_steps(self.trainer)
@@ -280,8 +280,10 @@ class Salsa(LightningModule):
 
     # Answers
 
-    def answer(self, batch: Mapping[str, Tensor], rows: Tensor, seed: int, policy: Any = None) -> tuple[Tensor, Tensor]:
-        """Draw an answer of the policy, or of another one, to each prompt; tokens and mask, each `[B, T]`."""
+    def answer(
+        self, batch: Mapping[str, Tensor], rows: Tensor, seed: int, policy: Any = None, likelihood: bool = False
+    ) -> Drawn:
+        """Draw an answer of the policy, or of another one, to each prompt; see `generation.Engine`."""
         limit = getattr(self.policy.config, "max_position_embeddings", None)
         longest = batch["prompt_ids"].shape[1] + self.sampling.length
         if limit is not None and longest > limit:
@@ -294,7 +296,7 @@ class Salsa(LightningModule):
             self._engine = build_engine(hp["engine"], hp["lm"], self.sampling, hp["engine_options"] or {})
         engine = self._engine if policy is None else InProcess(self.sampling)
         engine.sync(self.policy if policy is None else policy)
-        return engine(batch["prompt_ids"], batch["prompt_mask"], rows, seed)
+        return engine(batch["prompt_ids"], batch["prompt_mask"], rows, seed, likelihood)
 
     @torch.no_grad()
     def score(self, *answers: Tensor) -> Tensor:
@@ -342,12 +344,16 @@ class Salsa(LightningModule):
         hp, k = self.hparams, self.hparams["samples_per_prompt"]
         many = {key: batch[key].repeat_interleave(k, dim=0) for key in ("prompt_ids", "prompt_mask", "row")}
         row = many["row"] * k + torch.arange(len(many["row"]), device=self.device) % k
-        tokens, mask = self.answer(many, row, seed)
+        drawn = self.answer(many, row, seed, likelihood=not isinstance(self.value, nn.Linear))
+        tokens, mask = drawn.tokens, drawn.mask
         answers = (many["prompt_ids"], many["prompt_mask"], tokens, mask)
         parts = in_parts(answers, hp["micro_batch_size"])
-        logprobs, values, entropy = (
-            torch.cat(column) for column in zip(*(self.evaluate_policy(*part) for part in parts), strict=True)
-        )
+        if drawn.logprobs is None or drawn.entropy is None:
+            columns = zip(*(self.evaluate_policy(*part, entropy=True) for part in parts), strict=True)
+            logprobs, values, entropy = (torch.cat(column) for column in columns)
+        else:  # they were drawn by the very weights that are trained, so that a pass would say it once more
+            logprobs, entropy = drawn.logprobs, drawn.entropy
+            values = torch.cat([self.separate_values(*part) for part in parts])
         reference = torch.cat([self.frozen.reference_logprobs(*part) for part in parts])
         scores = torch.cat([self.score(*part) for part in parts])
         kl = torch.where(mask, losses.k1(logprobs, reference), 0)
@@ -360,16 +366,24 @@ class Salsa(LightningModule):
         self._watch_collapse(means)
         return Rollout(*answers, logprobs, values, advantages, returns, row), means
 
-    def evaluate_policy(self, *answers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities and entropies of answers under the policy, and values before each token; each `[B, T]`."""
-        shared = isinstance(self.value, nn.Linear)
-        found = answer_likelihood(self.policy, *answers, temperature=self.sampling.temperature, hidden=shared)
-        if self.value is None:
-            return found.logprobs, torch.zeros_like(found.logprobs), found.entropy
-        if found.hidden is not None:
-            return found.logprobs, self.value(found.hidden).squeeze(-1).float(), found.entropy
+    def evaluate_policy(self, *answers: Tensor, entropy: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of answers under the policy, values before each token, entropies if asked for; `[B, T]`."""
+        head = self.value if isinstance(self.value, nn.Linear) else None
+        found = answer_likelihood(
+            self.policy, *answers, temperature=self.sampling.temperature, hidden=head is not None, entropy=entropy
+        )
+        if head is not None and found.hidden is not None:
+            values = head(found.hidden).squeeze(-1).float()
+        else:
+            values = self.separate_values(*answers)
+        return found.logprobs, values, torch.zeros_like(values) if found.entropy is None else found.entropy
+
+    def separate_values(self, *answers: Tensor) -> Tensor:
+        """Values before each token by a network of their own, 0 without one; `[B, T]`."""
+        if not isinstance(self.value, ScalarModel):
+            return torch.zeros(answers[2].shape, device=self.device)
         ids, mask = torch.cat([answers[0], answers[2]], dim=1), torch.cat([answers[1], answers[3]], dim=1)
-        return found.logprobs, self.value(ids, mask)[:, -answers[2].shape[1] - 1 : -1], found.entropy
+        return self.value(ids, mask)[:, -answers[2].shape[1] - 1 : -1]
 
     def update(self, rollout: Rollout, rows: Tensor) -> dict[str, Tensor]:
         """One optimiser step on a minibatch; returns what is to be logged."""
@@ -445,7 +459,7 @@ class Salsa(LightningModule):
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
         """Answer prompts; tokens and mask."""
-        return self.answer(batch, batch["row"], self.hparams["eval_seed"])
+        return self.answer(batch, batch["row"], self.hparams["eval_seed"])[:2]
 
     def figures(self) -> dict[str, Figure]:
         """Reward against KL over the training; after a test with `surface`, reward over alpha and over the plane."""

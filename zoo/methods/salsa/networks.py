@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zoo.methods.salsa.soup import distinct, fingerprint
 from zoo.nn.fsdp2 import blocks
-from zoo.nn.lm import build_lm, token_logprobs
+from zoo.nn.lm import build_lm
 
 #: Where checkpoints of the three methods keep their language model.
 PREFIXES = ("policy.", "lm.", "net.lm.")
@@ -249,8 +249,8 @@ class Likelihood(NamedTuple):
     """Of each token of the answers, `[B, T]` float32."""
 
     logprobs: Tensor
-    entropy: Tensor
-    """Entropy of the distribution that the token was drawn from, nats; no gradient."""
+    entropy: Tensor | None
+    """Entropy of the distribution that the token was drawn from, nats, if it was asked for; no gradient."""
     hidden: Tensor | None
     """Last hidden states before each token `[B, T, d]`, if they were asked for."""
 
@@ -264,6 +264,7 @@ def answer_likelihood(
     *,
     temperature: float = 1.0,
     hidden: bool = False,
+    entropy: bool = False,
 ) -> Likelihood:
     """Log-probability of each token of answers, under the distribution that it is sampled from.
 
@@ -275,6 +276,7 @@ def answer_likelihood(
         mask: bool `[B, T]`.
         temperature: Divides the logits, as in sampling.
         hidden: Whether to return hidden states.
+        entropy: Whether to return entropies.
     """
     attention = torch.cat([prompt_mask, mask], dim=1)
     output = model(
@@ -285,12 +287,11 @@ def answer_likelihood(
         logits_to_keep=tokens.shape[1] + 1,
         output_hidden_states=hidden,
     )
-    logits = output.logits[:, :-1].float() / temperature
+    logs = torch.log_softmax(output.logits[:, :-1].float() / temperature, dim=-1)
     with torch.no_grad():
-        logs = torch.log_softmax(logits, dim=-1)
-        entropy = -(logs.exp() * logs).sum(dim=-1)
+        mean = -(logs.exp() * logs).sum(dim=-1) if entropy else None
     states = output.hidden_states[-1][:, -tokens.shape[1] - 1 : -1] if hidden else None
-    return Likelihood(token_logprobs(logits, tokens), entropy, states)
+    return Likelihood(logs.gather(-1, tokens[..., None])[..., 0], mean, states)
 
 
 def check_tokens(eos_id: int | None, pad_id: int | None) -> None:
