@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from zoo.api import run
-from zoo.methods.visual_scratchpad.compare import difficulty_figure, finished_runs, main, newest_checkpoint
+from zoo.methods.visual_scratchpad import compare
+from zoo.methods.visual_scratchpad.compare import (
+    difficulty_figure,
+    finished_runs,
+    main,
+    newest_checkpoint,
+    samples_table,
+    samples_until,
+)
 
 
 def test_the_newest_checkpoint_is_the_one_with_the_most_steps(tmp_path: Path) -> None:
@@ -33,10 +41,28 @@ def test_the_median_and_the_range_of_the_seeds_are_drawn() -> None:
     levels = [{"5": [0.5, 10], "6": [right, 10]} for right in (0.4, 0.9, 0.6)]
     levels[0] |= {"7": [0.25, 40], "8": [0.0, 3]}  # lengths that only the problems of one seed have
     curve = [{"samples": 64.0, "id": 0.5, "ood": 0.4}, {"samples": 128.0, "id": 0.7, "ood": 0.6}]
-    seeds = {str(i): {"by_difficulty": one, "curve": curve, "trained_on": [5, 5]} for i, one in enumerate(levels)}
+    seeds = {
+        str(i): {"task": "strings", "by_difficulty": one, "curve": curve, "trained_on": [5, 5]}
+        for i, one in enumerate(levels)
+    }
     left, right = difficulty_figure({"inductive": seeds}).axes
     assert left.lines[0].get_xydata().tolist() == [[5, 0.5], [6, 0.6], [7, 0.25]]
     assert len(right.lines) == 2 * 3 + 1, "two loaders of three seeds, and chance"
+    other = {seed: one | {"task": "cycles"} for seed, one in seeds.items()}
+    axes = difficulty_figure({"a": seeds, "b": other, "c": seeds}).axes
+    assert [axis.get_ylabel() for axis in axes[::2]] == ["strings: accuracy", "cycles: accuracy"]
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["a", "c", "trained on"]
+
+
+def test_samples_until_ninety_per_cent_are_read_off_the_curve_without_the_test() -> None:
+    curve = [{"samples": 64.0, "id": 0.5, "ood": 0.4}, {"samples": 128.0, "id": 0.9, "ood": 0.8}]
+    curve += [{"samples": 192.0, "id": 1.0, "ood": 0.89}, {"samples": 192.0, "id": 1.0, "ood": 0.95}]
+    assert samples_until(curve, "id") == 128
+    assert samples_until(curve[:3], "ood") is None
+    one = {"task": "cycles", "curve": curve}
+    table = samples_table({"inductive": {"0": one, "1": one | {"curve": curve[1:]}}})
+    assert "| cycles | inductive | as in training | 128, 128 | 192 |" in table
+    assert "| cycles | inductive | harder | -, - | 192 |" in table, "the last point is the test"
 
 
 def test_runs_are_tested_again_and_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +70,7 @@ def test_runs_are_tested_again_and_not_touched(tmp_path: Path, monkeypatch: pyte
     torch.manual_seed(0)
     done = run("fit", config="visual_scratchpad/smoke", run_dir=tmp_path / "runs/inductive/0", wandb="disabled")
     before = {path: path.stat().st_mtime_ns for path in done.run_dir.rglob("*") if path.is_file()}
-    main(["--runs", "runs", "--output", "out/figures"])
+    main(["--runs", "runs", "--output", "out/figures", "--cache", "kept"])
     after = {path: path.stat().st_mtime_ns for path in done.run_dir.rglob("*") if path.is_file()}
     assert after == before
     measured = json.loads(Path("out/figures_compare.json").read_text())["inductive"]["0"]
@@ -55,3 +81,8 @@ def test_runs_are_tested_again_and_not_touched(tmp_path: Path, monkeypatch: pyte
     assert measured["curve"], "the learning curve comes from the checkpoint"
     assert Path("out/figures_difficulty.png").exists()
     assert Path("out/figures_rollouts.png").exists()
+    first = Path("out/figures_compare.json").read_text()
+    monkeypatch.setattr(compare, "measure", lambda _: pytest.fail("was measured before"))
+    main(["--runs", "runs", "--output", "out/figures", "--cache", "kept"])
+    assert Path("out/figures_compare.json").read_text() == first
+    assert "| rect_maze | inductive | harder |" in Path("out/figures_samples.md").read_text()

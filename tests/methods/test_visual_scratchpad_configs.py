@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from datamodules.scratchpad.datamodule import VisualScratchpadTasks
 from zoo.config import load_layers
-from zoo.methods.visual_scratchpad.module import VisualScratchpad
 
 CONFIGS = sorted(
     path.stem
@@ -19,17 +19,24 @@ CONFIGS = sorted(
 )
 
 
+def named(class_path: str) -> Any:
+    module, _, name = class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_data_and_network_fit_together(name: str) -> None:
     config = load_layers([f"visual_scratchpad/{name}"], []).merged
     data_options = config["data"]["init_args"] | {"train_size": 4, "val_size": 2, "test_size": 2, "batch_size": 2}
-    data = VisualScratchpadTasks(**data_options | {"num_workers": 0})
-    facts = {key: getattr(data, attribute) for key, attribute in VisualScratchpad.card.links.items()}
+    data = named(config["data"]["class_path"])(**data_options | {"num_workers": 0})
+    method = named(config["model"]["class_path"])
+    facts = {key: getattr(data, attribute) for key, attribute in method.card.links.items()}
     options: dict[str, Any] = config["model"]["init_args"] | facts
-    options["pretrained"] = False  # would be downloaded
+    if "pretrained" in inspect.signature(method).parameters:
+        options["pretrained"] = False  # would be downloaded
     if options.get("backbone", "vit") != "vit":
         options["backbone"] = options["backbone"].replace("base", "tiny")
-    model = VisualScratchpad(**options)
+    model = method(**options)
     data.ood_difficulty = None  # takes its time to draw, and was checked on the way in
     data.setup("fit")
     batch = data.batches("train").batch(0, 0)

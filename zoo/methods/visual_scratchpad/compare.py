@@ -1,8 +1,9 @@
 """Figures over the runs of a campaign: sketches, accuracy against difficulty and against samples seen.
 
 `python -m zoo.methods.visual_scratchpad.compare --runs runs/reproduce/visual_scratchpad/cpu` tests the newest
-checkpoint of every run `<runs>/<name>/<seed>` again and writes `<output>_difficulty.png`, `<output>_rollouts.png` and
-`<output>_compare.json`. The runs are only read.
+checkpoint of every run `<runs>/<name>/<seed>` again and writes `<output>_difficulty.png`, `<output>_rollouts.png`,
+`<output>_samples.md` (samples seen until 90 % of the validation problems are answered) and `<output>_compare.json`. The
+runs are only read. With `--cache DIR` what was measured is kept there, so that an interrupted comparison goes on.
 """
 
 from __future__ import annotations
@@ -49,6 +50,21 @@ def newest_checkpoint(run_dir: Path) -> Path:
     return max((run_dir / "checkpoints").glob("*.ckpt"), key=lambda path: int(path.stem.rpartition("=")[2]))
 
 
+def remembered(run_dir: Path, cache: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what `measure` does, from a file of `cache` if that is newer than the checkpoint."""
+    import torch
+
+    file = cache and cache / f"{run_dir.parent.name}.{run_dir.name}.pt"
+    if file and file.is_file() and file.stat().st_mtime > newest_checkpoint(run_dir).stat().st_mtime:
+        kept = torch.load(file, weights_only=True)
+        return kept["facts"], kept["strips"]
+    facts, strips = measure(run_dir)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"facts": facts, "strips": strips}, file)
+    return facts, strips
+
+
 def measure(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Test a run again, elsewhere; returns accuracies by difficulty and the learning curve, and the sketches.
 
@@ -74,19 +90,63 @@ def measure(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     expected = data["test_size"] * (1 if data.get("ood_difficulty") is None else 2)
     if (seen := sum(count for _, count in evaluation.by_difficulty().values())) != expected:
         raise UsageError(f"{run_dir}: the test ended after {seen} of {expected} problems", "run the command again")
-    facts = {"by_difficulty": levels, "curve": evaluation.curve, "trained_on": data["train_difficulty"]}
+    facts = {
+        "task": data.get("task", "rect_maze"),
+        "by_difficulty": levels,
+        "curve": evaluation.curve,
+        "trained_on": data["train_difficulty"],
+    }
     return facts, evaluation._strips
 
 
-def difficulty_figure(measured: Measured) -> Figure:
-    """Accuracy against difficulty, median of the seeds, and against samples seen, every seed; one colour for a run.
+def samples_until(curve: Sequence[Mapping[str, float]], key: str, accuracy: float = 0.9) -> float | None:
+    """Samples seen at the first point of a learning curve with this accuracy; None if there is none."""
+    return next((point["samples"] for point in curve if point.get(key, 0.0) >= accuracy), None)
 
-    Difficulties of fewer than 30 problems, over all seeds, are left out.
+
+def samples_table(measured: Measured) -> str:
+    """Markdown: for each run and loader the samples until 90 %, seed by seed, and the samples seen in all."""
+    lines = [
+        "# Samples seen until 90 % of the validation problems are answered",
+        "",
+        "Made by `python -m zoo.methods.visual_scratchpad.compare`; not to be edited. A value for each seed, `-` where "
+        "it is never reached; resolution: the interval of validations.",
+        "",
+        "| task | run | problems | samples until 90 %, by seed | samples in all |",
+        "|---|---|---|---|---|",
+    ]
+    for name, seeds in measured.items():
+        for key, title in (("id", "as in training"), ("ood", "harder")):
+            known = [one for one in seeds.values() if any(key in point for point in one["curve"])]
+            if not known:
+                continue
+            reached = [samples_until(one["curve"][:-1], key) for one in known]
+            cells = ", ".join("-" if value is None else f"{value:.0f}" for value in reached)
+            total = max(point["samples"] for one in known for point in one["curve"])
+            lines.append(f"| {known[0]['task']} | {name} | {title} | {cells} | {total:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def difficulty_figure(measured: Measured) -> Figure:
+    """Accuracy against difficulty, median of the seeds, and against samples seen, every seed.
+
+    A row for each task, a colour for each run of it. Difficulties of fewer than 30 problems, over all seeds, are left
+    out.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    tasks: dict[str, Measured] = {}
+    for name, seeds in measured.items():
+        tasks.setdefault(next(iter(seeds.values()))["task"], {})[name] = seeds
+    figure = Figure(figsize=(10, 3.6 * len(tasks)), layout="constrained")
+    axes = figure.subplots(len(tasks), 2, squeeze=False)
+    for (left, right), (task, runs) in zip(axes, tasks.items(), strict=True):
+        _draw_task(left, right, runs)
+        left.set_ylabel(f"{task}: accuracy")
+    return figure
+
+
+def _draw_task(left: Any, right: Any, measured: Measured) -> None:
     for number, (name, seeds) in enumerate(measured.items()):
         colour = f"C{number}"
         known = [one["by_difficulty"] for one in seeds.values()]
@@ -110,7 +170,6 @@ def difficulty_figure(measured: Measured) -> Figure:
         axis.axhline(0.5, color="grey", linestyle=":")
         axis.set_ylim(0, 1.05)
     left.legend(fontsize=8)
-    return figure
 
 
 def rollout_figure(strips: Mapping[str, Any]) -> Figure:
@@ -147,13 +206,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce/visual_scratchpad/cpu"))
     parser.add_argument("--output", type=Path, default=Path("results/visual_scratchpad"), help="how the files begin")
+    parser.add_argument("--cache", type=Path, help="folder that keeps what was measured, run by run")
     options = parser.parse_args(arguments)
     measured: Measured = {}
     strips: dict[str, Any] = {}
     try:
         for name, seeds in finished_runs(options.runs).items():
             for seed, run_dir in seeds.items():
-                measured.setdefault(name, {})[seed], pictures = measure(run_dir)
+                measured.setdefault(name, {})[seed], pictures = remembered(run_dir, options.cache)
                 for loader, pair in pictures.items():
                     strips.setdefault(f"{name} {loader}", pair)
     except UsageError as error:
@@ -161,10 +221,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     path = str(options.output)
     Path(f"{path}_compare.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    Path(f"{path}_samples.md").write_text(samples_table(measured), encoding="utf-8")
     difficulty_figure(measured).savefig(f"{path}_difficulty.png", dpi=100)
     if strips:
         rollout_figure(strips).savefig(f"{path}_rollouts.png", dpi=80)
-    print(f"written: {path}_difficulty.png, {path}_rollouts.png, {path}_compare.json")
+    print(f"written: {path}_difficulty.png, {path}_rollouts.png, {path}_samples.md, {path}_compare.json")
 
 
 if __name__ == "__main__":
