@@ -1,8 +1,11 @@
-"""Figures: reward over alpha and over the plane of three members, the course of a run, the frontier over beta."""
+"""Figures: reward over alpha and over the plane of three members, the course of a run, reward and KL; answers."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -88,7 +91,6 @@ def frontier_points(results: Mapping[str, Any], arms: Mapping[str, Mapping[float
         results: Content of `results/salsa.cpu.json`.
         arms: Of each arm, its run for each beta.
     """
-    from statistics import fmean
 
     def mean(run: str, metric: str) -> float:
         return fmean(metrics[metric] for metrics in results["runs"][run].values())
@@ -99,22 +101,96 @@ def frontier_points(results: Mapping[str, Any], arms: Mapping[str, Mapping[float
     }
 
 
+def seeds_alpha_figure(results: Mapping[str, Any], run: str = "surface") -> Figure:
+    """Reward over alpha in a results file: a thin line for each seed, their mean, and the means of three members."""
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    prefix, found = "test/reward_alpha_", list(results["runs"][run].values())
+    labels = sorted((name for name in found[0] if name.startswith(prefix)), key=lambda n: float(n.removeprefix(prefix)))
+    alphas = [float(label.removeprefix(prefix)) for label in labels]
+    for metrics in found:
+        axes.plot(alphas, [metrics[label] for label in labels], color="tab:blue", alpha=0.35, linewidth=1)
+    axes.plot(alphas, [fmean(m[label] for m in found) for label in labels], marker="o", label="mean of seeds")
+    three = fmean(m["test/reward_centroid"] for m in found)
+    axes.axhline(three, color="tab:green", linestyle=":", label="mean of three members")
+    axes.axvspan(0, 1, color="tab:blue", alpha=0.07)
+    axes.set(xlabel="alpha (0: first member, 1: second)", ylabel="reward", title="Soups before any reinforcement")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def plane_of_runs(runs: Path, prompts: int = 2000) -> dict[str, Any]:
+    """Mean reward over seeds on the plane of the three members that `zoo reproduce salsa` trained.
+
+    Args:
+        runs: Where its runs are, with `sft1`, `sft2` and `sft3`, a folder for each seed.
+        prompts: Prompts of the test.
+    """
+    import torch
+
+    from zoo import registry
+    from zoo.methods.salsa.evaluation import plane_points
+    from zoo.methods.salsa.frozen import member_states
+    from zoo.methods.salsa.generation import InProcess, Sampling
+    from zoo.methods.salsa.networks import load_lm, load_weights
+    from zoo.methods.salsa.soup import soup
+
+    data = registry.load(registry.find("datamodules", "reviews"))(test_rows=prompts)
+    batches: Any = data.held_out_batches("test")
+    engine = InProcess(Sampling(11, 1.0, data.eos_id, data.pad_id))
+    points, sums = plane_points(), torch.zeros(len(plane_points()))
+    seeds = sorted(path.name for path in (runs / "sft1").iterdir())
+    for seed in seeds:
+        members = [str(next((runs / f"sft{k}" / seed / "checkpoints").glob("*.ckpt"))) for k in (1, 2, 3)]
+        states, _ = member_states(members, data.vocab_size)
+        model, _ = load_lm(members[0], data.vocab_size)
+        for place, point in enumerate(points):
+            load_weights(model, soup(states, point), "soup")
+            engine.sync(model)
+            for number in range(len(batches)):
+                batch = batches.batch(0, number)
+                drawn = engine(batch["prompt_ids"], batch["prompt_mask"], batch["row"], 0)
+                sums[place] += data.reward(batch["prompt_ids"], drawn.tokens, drawn.mask).sum()
+    return {"points": points, "reward": (sums / (prompts * len(seeds))).tolist()}
+
+
+def answers_page(runs: Path, arms: Mapping[str, str], seed: int = 0, rows: int = 10) -> str:
+    """Answers of some arms (`{name: run}`) to the same prompts, with their rewards, as a Markdown table."""
+    texts = {arm: (runs / run / str(seed) / "answers.jsonl").read_text("utf-8") for arm, run in arms.items()}
+    found = {arm: [json.loads(line) for line in text.splitlines()[:rows]] for arm, text in texts.items()}
+    lines = ["# Answers after the training, salsa, cpu scale", ""]
+    lines += [
+        "Made by `python -m zoo.methods.salsa.figures`; not to be edited. First prompts of the test, seed 0.",
+        "",
+    ]
+    lines += [f"| prompt | {' | '.join(f'{arm} | reward' for arm in arms)} |", "| --- " * (1 + 2 * len(arms)) + "|"]
+    for columns in zip(*found.values(), strict=True):
+        cells = [f"{column['answer']} | {column['score']:.1f}" for column in columns]
+        lines.append(f"| {columns[0]['prompt']} | {' | '.join(cells)} |".replace("<", "&lt;"))
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw the frontier of reward and KL from the results of `zoo reproduce salsa`."""
+    """Draw figures of what `zoo reproduce salsa` found: reward over alpha, over the plane, against KL; and answers."""
     import argparse
-    import json
-    from pathlib import Path
 
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("results", type=Path, nargs="?", default=Path("results/salsa.cpu.json"))
-    parser.add_argument("out", type=Path, nargs="?", default=Path("results/salsa.frontier.png"))
+    parser.add_argument("out", type=Path, nargs="?", default=Path("results"), help="folder for the figures")
+    parser.add_argument("--runs", type=Path, default=Path("runs/reproduce/salsa/cpu"), help="for plane and answers")
     args = parser.parse_args(argv)
+    results = json.loads(args.results.read_text("utf-8"))
     arms = {
         name: {1.0: f"{run}_b1", 0.4: f"{run}_b04", 0.1: f"{run}_b01"}
         for name, run in (("PPO", "ppo"), ("SALSA", "salsa"))
     }
-    points = frontier_points(json.loads(args.results.read_text("utf-8")), arms)
-    frontier_figure(points).savefig(args.out, dpi=120)
+    figures = {"frontier": frontier_figure(frontier_points(results, arms)), "alpha": seeds_alpha_figure(results)}
+    if args.runs.is_dir():
+        figures["plane"] = plane_figure(plane_of_runs(args.runs))
+        text = answers_page(args.runs, {name: runs[0.4] for name, runs in arms.items()})
+        (args.out / "salsa.answers.md").write_text(text, encoding="utf-8")
+    for name, figure in figures.items():
+        figure.savefig(args.out / f"salsa.{name}.png", dpi=120)
 
 
 if __name__ == "__main__":
