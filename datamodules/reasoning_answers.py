@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -175,42 +177,61 @@ def math_verify() -> tuple[Callable[[str], Any], Callable[[Any, Any], bool]]:
 
 #: Limits of a program: seconds, bytes of memory, bytes of a file.
 _LIMITS = (5, 1 << 30, 1 << 20)
+#: Where the system allows it, the process leaves the network (CLONE_NEWUSER | CLONE_NEWNET); then come the limits. The
+#: last word is only said if program and tests ran to their end: `exit()` in a program is no success.
 _PRELUDE = """
-import resource, sys
+import ctypes, os, resource, sys
+ctypes.CDLL(None).unshare(0x10000000 | 0x40000000) if sys.platform == "linux" else None
 seconds, memory, size = {limits}
 resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-exec(compile(sys.stdin.read(), "program", "exec"), {{"__name__": "__main__"}})
+resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+exec(compile(sys.stdin.read(), "program", "exec"), {{"__name__": "program"}})
+os.write({pipe}, {word!r})
 """
 
 
 def run_tests(program: str, tests: str, timeout: float = 10.0) -> bool:
-    """Run a program with its tests in a process of its own and return whether it ended without an error.
+    """Run a program with its tests in a process of its own and return whether all of it ran without an error.
 
-    The process has no environment, an empty folder of its own, and limits of time, memory and file size. That keeps
-    mistakes away, not malice: it can reach the network and read files. Run programs of a model inside a container.
+    The process has no environment, an empty folder of its own, limits of time, memory and file size, no children of
+    its own (unless it runs as root) and, where the system allows it, no network. What it starts is ended with it, and
+    what it prints is dropped. That keeps mistakes away, not malice: it can read files. Run programs of a model inside
+    a container.
 
     Args:
         program: Source text.
         tests: Source text that raises if the program is wrong.
         timeout: Seconds of the wall clock.
     """
+    import secrets
+    import signal
     import subprocess
     import tempfile
 
-    with tempfile.TemporaryDirectory() as folder:
+    word = secrets.token_bytes(16)
+    out, into = os.pipe()
+    os.set_blocking(out, False)
+    source = f"{program}\n{tests}\n".encode(errors="replace")
+    try:
+        with tempfile.TemporaryDirectory() as folder, subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _PRELUDE.format(limits=_LIMITS, pipe=into, word=word)],
+            cwd=folder, env={}, pass_fds=(into,), start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        ) as process:  # fmt: skip
+            try:
+                process.communicate(source, timeout=timeout)
+            except subprocess.TimeoutExpired:
+                return False
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
         try:
-            done = subprocess.run(
-                [sys.executable, "-I", "-S", "-c", _PRELUDE.format(limits=_LIMITS)],
-                input=f"{program}\n{tests}\n".encode(),
-                cwd=folder,
-                env={},
-                capture_output=True,
-                timeout=timeout,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
+            return process.returncode == 0 and os.read(out, len(word)) == word
+        except BlockingIOError:  # nothing was said
             return False
-    return done.returncode == 0
+    finally:
+        os.close(out)
+        os.close(into)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,41 +20,14 @@ from datamodules.reasoning_answers import (
     run_tests,
 )
 from datamodules.reasoning_chain import ItemBatches, ReasoningData
+from datamodules.reasoning_sources import SOURCES, read_lines, read_source
 
+#: Fields that name a problem, where there is one of them; else its number does.
+_KEYS = ("key", "id", "task_id", "unique_id", "Record ID")
 #: Ends a text that a server has ended; see `zoo.methods.cot_potential.server.END`.
 END = "\x03"
 _TEMPLATE = "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}.\n"
 _CODE_TEMPLATE = "{question}\nWrite the whole function in one Python code block.\n"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A format.
-
-    Attributes:
-        question: Name of the question's field.
-        answer: Name of the reference answer's field.
-        form: Form of the answers; empty for a guess by the reference.
-        hub: Name of the data set for `datasets`.
-        split: Its split.
-    """
-
-    question: str
-    answer: str
-    form: str = ""
-    hub: str = ""
-    split: str = "test"
-
-
-SOURCES = {
-    "jsonl": Source("question", "answer"),
-    "champ": Source("text", "answer"),
-    "aime": Source("problem", "answer", "integer", "HuggingFaceH4/aime_2024", "train"),
-    "math500": Source("problem", "answer", "math", "HuggingFaceH4/MATH-500"),
-    "gpqa": Source("Question", "Correct Answer", "choice", "Idavidrein/gpqa", "train"),
-    "humaneval": Source("prompt", "test", "code", "openai/openai_humaneval"),
-    "reasoning_gym": Source("question", "answer"),
-}
 
 
 @dataclass(frozen=True)
@@ -256,14 +228,17 @@ class ReasoningProblems(ReasoningData):
             ModuleNotFoundError: If the package is not installed, with the way to get it.
             ValueError: If a problem has no question or no reference answer.
         """
-        rows = _READERS.get(self.source, _read_rows)(self)
-        if not rows:
-            raise ValueError(f"{self.path or self.source}: there are no problems")
-        return [self._problem(number, row) for number, row in enumerate(rows[: self.num_problems or None], 1)]
+        rows = read_source(self.source, self.path, self.num_problems, self.data_seed)
+        found = [self._problem(number, row) for number, row in enumerate(rows, 1)]
+        keys = [problem.key for problem in found]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"{self.path or self.source}: two problems have the key {twice!r}")
+        return found
 
     def _problem(self, number: int, row: dict[str, Any]) -> TextProblem:
         source = SOURCES[self.source]
-        key = str(row.get("key", row.get("id", row.get("task_id", number))))
+        key = str(next((row[name] for name in _KEYS if row.get(name) is not None), number))
         question, reference = row.get(source.question), row.get(source.answer)
         for name, value in ((source.question, question), (source.answer, reference)):
             if value is None or not str(value).strip():
@@ -279,8 +254,9 @@ class ReasoningProblems(ReasoningData):
         if form == "code":
             if not self.run_code:
                 raise ValueError("run_code: false, but the answers are programs; true runs what the model writes")
-            # the model writes the whole function; its imports stand in the question
-            program, reference = str(question).partition("def ")[0], f"{reference}\ncheck({row['entry_point']})\n"
+            # the model writes the whole function; imports and helpers stand before it in the question
+            name = row["entry_point"]
+            program, reference = str(question).partition(f"def {name}(")[0], f"{reference}\ncheck({name})\n"
         template = self.template or (_CODE_TEMPLATE if form == "code" else _TEMPLATE)
         asked = template.format(question=question)
         return TextProblem(key, asked, str(reference), form, self.tokenizer, program, tuple(others), row.get("scorer"))
@@ -305,7 +281,7 @@ class ReasoningProblems(ReasoningData):
         out: dict[str, list[Any]] = {problem.key: [] for problem in self.problems}
         if self.traces_file:
             by_key = {problem.key: problem for problem in self.problems}
-            for place, row in _lines(Path(self.traces_file).expanduser()):
+            for place, row in read_lines(Path(self.traces_file).expanduser()):
                 key, text = str(row.get("problem", row.get("key", ""))), row.get("trace", row.get("text"))
                 if key not in by_key or not isinstance(text, str) or not text:
                     raise ValueError(
@@ -334,67 +310,3 @@ class ReasoningProblems(ReasoningData):
         chosen = [(p, t) for p, t in zip(self.problems, self.traces, strict=True) if t]
         batches = ItemBatches([p for p, _ in chosen], [t for _, t in chosen], self.problem_batch)
         return self.loader(batches, same_every_epoch=True)
-
-
-def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Lines of a JSONL file, with their places."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; accepted: a JSONL file")
-    out = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: accepted: an object in each line")
-            out.append((f"{path}:{number}", row))
-    return out
-
-
-def _read_rows(data: ReasoningProblems) -> list[dict[str, Any]]:
-    """A JSONL or Parquet file, or a data set of the hub."""
-    if data.path and not data.path.endswith(".parquet"):
-        return [row for _, row in _lines(Path(data.path).expanduser())]
-    try:
-        from datasets import load_dataset
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("data sets need the library datasets: pip install 'method-zoo[data]'") from error
-    if data.path:
-        if not Path(data.path).expanduser().is_file():
-            raise FileNotFoundError(f"there is no file {data.path}; accepted: a JSONL or Parquet file")
-        return list(load_dataset("parquet", data_files=data.path, split="train"))
-    source = SOURCES[data.source]
-    return list(load_dataset(source.hub, split=source.split))
-
-
-def _read_champ(data: ReasoningProblems) -> list[dict[str, Any]]:
-    """The 270 competition problems of CHAMP."""
-    try:
-        import champ_dataset
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("CHAMP is the package champ-dataset: pip install 'method-zoo[math]'") from error
-    problems = champ_dataset.load("v0").problems.values()
-    return [{"key": p.identifier, "text": p.text, "answer": p.answer} for p in problems]
-
-
-def _read_gym(data: ReasoningProblems) -> list[dict[str, Any]]:
-    """Generated problems of a task of reasoning-gym, which judges answers itself: often several are right."""
-    try:
-        import reasoning_gym
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "these tasks are the package reasoning-gym: pip install 'method-zoo[reasoning]'"
-        ) from error
-    try:
-        rows = reasoning_gym.create_dataset(data.path, size=data.num_problems or 100, seed=data.data_seed)
-    except ValueError as error:
-        raise ValueError(f"path: {data.path!r} is no task of reasoning-gym: {error}") from error
-    return [{**row, "scorer": partial(rows.score_answer, entry=row)} for row in rows]
-
-
-_READERS: dict[str, Callable[[ReasoningProblems], list[dict[str, Any]]]] = {
-    "champ": _read_champ,
-    "reasoning_gym": _read_gym,
-}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,20 @@ def test_programs_run_with_limits() -> None:
     assert not run_tests("x = bytearray(1 << 32)", "")
     assert not run_tests("import os; assert 'PATH' in os.environ", "")
     assert not run_tests("syntax error", "")
+    # a program that leaves before its tests has not passed them
+    assert not run_tests(good + "import sys; sys.exit(0)", "assert double(2) == 5")
+    assert not run_tests(good + "import os; os._exit(0)", "assert double(2) == 5")
+    assert run_tests(good + "if __name__ == '__main__':\n    raise SystemExit", "assert double(2) == 4")
+    assert run_tests(good + "print('x' * 10_000_000)", "assert double(2) == 4")
+    assert not run_tests("open('f', 'w').write('x' * (1 << 21))", "")
+
+
+def test_what_a_program_starts_ends_with_it(tmp_path: Path) -> None:
+    spawn = "import subprocess; subprocess.Popen(['/bin/sh', '-c', 'sleep 0.7; echo > {}']);"
+    run_tests(spawn.format(tmp_path / "ended"), "")
+    assert not run_tests(spawn.format(tmp_path / "timed") + "import time; time.sleep(9)", "", timeout=0.4)
+    time.sleep(1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def lines(path: Path, *rows: dict[str, Any]) -> str:
@@ -167,41 +182,84 @@ def test_texts_for_a_server(tmp_path: Path) -> None:
     data = ReasoningProblems(path=path)
     problem = data.problems[0]
     assert (data.vocab_size, data.eos_id) == (0, 0)
+    # other ends of lines than JSONL's may stand in texts
+    odd = json.dumps({"key": "1", "trace": "So\u2028x\x85\n#### 4"}, ensure_ascii=False)
+    (tmp_path / "t.jsonl").write_text(odd + "\n", encoding="utf-8")
+    assert ReasoningProblems(path=path, traces=str(tmp_path / "t.jsonl")).traces == [["So\u2028x\x85\n#### 4" + END]]
     trace = problem.encode("So\n#### 4", "t")
     assert trace == f"So\n#### 4{END}"
     assert problem.judge(trace)
     assert problem.answer_start(trace) == 3
 
 
-AIME = {"id": 60, "problem": "Every morning", "answer": "204", "solution": "s", "year": "2024"}
-MATH = {"problem": "Convert", "answer": "\\left( 3, \\frac{\\pi}{2} \\right)", "subject": "Precalculus", "level": 2}
-GPQA = {"Question": "Which?", "Correct Answer": "right", **{f"Incorrect Answer {i}": f"wrong {i}" for i in (1, 2, 3)}}
-HUMANEVAL = {"task_id": "HumanEval/0", "prompt": "def double(x):\n", "entry_point": "double",
-             "test": "def check(f):\n    assert f(2) == 4\n", "canonical_solution": "    return 2 * x\n"}  # fmt: skip
+#: Rows with the columns of the data sets, and short texts of our own.
+AIME = {"id": 60, "problem": "Every morning", "answer": "204", "solution": "s", "url": "u", "year": "2024"}
+MATH = {"problem": "Convert", "solution": "s", "answer": "\\left( 3, \\frac{\\pi}{2} \\right)", "level": 2,
+        "subject": "Precalculus", "unique_id": "test/precalculus/807.json"}  # fmt: skip
+GPQA = {"Question": "Which?", "Correct Answer": " right\n", "Subdomain": "Organic",
+        **{f"Incorrect Answer {i}": f"wrong {i}" for i in (1, 2, 3)}}  # fmt: skip
+HUMANEVAL = {
+    "task_id": "HumanEval/32",
+    "prompt": 'import math\n\n\ndef helper(x):\n    return math.floor(x)\n\n\ndef double(x):\n    """Double."""\n',
+    "entry_point": "double",
+    "canonical_solution": "    return 2 * helper(x)\n",
+    "test": "METADATA = {}\n\n\ndef check(candidate):\n    assert candidate(2.5) == 2 * helper(2)\n",
+}
 
 
-def test_formats_of_data_sets(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
-    from datasets import Dataset
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_formats_of_data_sets(tmp_path: Path, ending: str) -> None:
+    def stored(name: str, *rows: dict[str, Any]) -> str:
+        path = tmp_path / f"{name}.{ending}"
+        if ending == "jsonl":
+            return lines(path, *rows)
+        from datasets import Dataset
 
-    parquet = tmp_path / "aime.parquet"
-    Dataset.from_list([AIME]).to_parquet(str(parquet))
-    (aime,) = ReasoningProblems("aime", str(parquet)).problems
+        Dataset.from_list(list(rows)).to_parquet(str(path))
+        return str(path)
+
+    if ending == "parquet":
+        pytest.importorskip("datasets")
+    (aime,) = ReasoningProblems("aime", stored("aime", AIME)).problems
     assert (aime.key, aime.reference, aime.form) == ("60", "204", "integer")
-    (math,) = ReasoningProblems("math500", lines(tmp_path / "m.jsonl", MATH)).problems
-    assert math.form == "math"
-    path = lines(tmp_path / "g.jsonl", GPQA, GPQA, GPQA, GPQA)
+    assert [aime.judge(f"\\boxed{{{x}}}{END}") for x in ("204", "0204", "205")] == [True, True, False]
+    (math,) = ReasoningProblems("math500", stored("math", MATH)).problems
+    assert (math.key, math.form, math.reference) == (MATH["unique_id"], "math", MATH["answer"])
     letters = []
-    for problem in ReasoningProblems("gpqa", path).problems:
-        assert f"({problem.reference}) right" in problem.question
+    path = stored("gpqa", *({**GPQA, "Record ID": f"rec{i}"} for i in range(4)))
+    for i, problem in enumerate(ReasoningProblems("gpqa", path).problems):
+        assert (problem.key, problem.form) == (f"rec{i}", "choice")
+        assert f"({problem.reference}) right\n" in problem.question
+        assert all(f") wrong {k}\n" in problem.question for k in (1, 2, 3))
+        assert problem.judge(f"\\boxed{{{problem.reference}}}{END}")
         letters.append(problem.reference)
     assert len(set(letters)) > 1
-    code = ReasoningProblems("humaneval", lines(tmp_path / "h.jsonl", HUMANEVAL), run_code=True).problems[0]
-    fenced = "Here:\n```python\ndef double(x):\n    return {} * x\n```"
+    code = ReasoningProblems("humaneval", stored("code", HUMANEVAL), run_code=True).problems[0]
+    assert (code.key, code.form) == ("HumanEval/32", "code")
+    # what stands before the function in the question may be called by it and by its tests
+    fenced = "Here:\n```python\ndef double(x):\n    return {} * helper(x)\n```"
     assert code.judge(code.encode(fenced.format(2), "t"))
     assert not code.judge(code.encode(fenced.format(3), "t"))
     with pytest.raises(ValueError, match="run_code: false"):
-        _ = ReasoningProblems("humaneval", str(tmp_path / "h.jsonl")).problems
+        _ = ReasoningProblems("humaneval", stored("code", HUMANEVAL)).problems
+
+
+def test_data_sets_of_the_hub_are_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(name: str, part: str | None, split: str) -> list[dict[str, Any]]:
+        asked.append((name, part, split))
+        return {"HuggingFaceH4/aime_2024": [AIME], "HuggingFaceH4/MATH-500": [MATH]}.get(name, [GPQA])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for source in ("aime", "math500", "gpqa"):
+        assert len(ReasoningProblems(source).problems) == 1
+    assert asked == [
+        ("HuggingFaceH4/aime_2024", None, "train"),
+        ("HuggingFaceH4/MATH-500", None, "test"),
+        ("Idavidrein/gpqa", "gpqa_diamond", "train"),
+    ]
 
 
 def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,6 +345,12 @@ def test_bad_input(tmp_path: Path) -> None:
         _ = ReasoningProblems(path=lines(tmp_path / "b.jsonl", {"question": " ", "answer": "4"})).problems
     with pytest.raises(FileNotFoundError, match="no file"):
         _ = ReasoningProblems(path=str(tmp_path / "none.jsonl")).problems
+    with pytest.raises(ValueError, match="two problems have the key 'a'"):
+        _ = ReasoningProblems(path=lines(tmp_path / "c.jsonl", {**good, "key": "a"}, {**good, "key": "a"})).problems
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="there are no problems"):
+        _ = ReasoningProblems(path=str(empty)).problems
     path = lines(tmp_path / "p.jsonl", good)
     (tmp_path / "p.jsonl").write_text("{}\nnot json\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"p.jsonl:2: not JSON"):
