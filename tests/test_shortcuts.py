@@ -127,6 +127,23 @@ def test_whatever_is_logged_reads_the_same_at_every_step(tmp_path: Path, plain: 
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_compiled_step_logs_the_same(tmp_path: Path, plain: pytest.MonkeyPatch) -> None:
+    class Plain(Logs):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            loss = self.weight * 2.0 + batch.sum()
+            self.log("step", loss.detach())
+            return loss
+
+    shortcuts.install()
+    eager, compiled = Seen(), Seen()
+    fit(tmp_path, eager, model=Plain())
+    model = Plain()
+    model.training_step = torch.compile(model.training_step, backend="eager")  # type: ignore[method-assign]
+    fit(tmp_path, compiled, model=model)
+    assert compiled.metrics == eager.metrics
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_stored_value_is_a_copy(tmp_path: Path, plain: pytest.MonkeyPatch) -> None:
     class Reuses(Logs):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:

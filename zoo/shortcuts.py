@@ -84,6 +84,9 @@ def _call_module(trainer: Any, hook_name: str, *args: Any, pl_module: Any = None
 
 def _log_again(self: Any, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
     """Lightning's `self.log`; the short way for a scalar of a step that was logged before in the same manner."""
+    if torch.compiler.is_compiling():  # Lightning's own way is made for being traced
+        _log(self, name, value, *args, **kwargs)
+        return
     trainer, hook = self._trainer, self._current_fx_name
     results = None if trainer is None or self._fabric is not None or trainer.barebones else trainer._results
     if results is None or type(value) is not Tensor or value.dim():
