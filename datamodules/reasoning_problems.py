@@ -148,7 +148,7 @@ class ReasoningProblems(ReasoningData):
         form: `integer`, `math`, `choice` or `code`; empty for what goes with the source.
         template: What the model reads, with `{question}`; empty for a usual one. A chat model's own template goes here.
         traces: JSONL file of traces, lines with `key` and `trace`, or the `analysis/curves.jsonl` of another model's
-            run; empty for none. Needed by `predict`.
+            run; problems without one are left out. Empty for traces that the model writes itself. Needed by `predict`.
         run_code: Whether programs of the model are run, see `datamodules.reasoning_answers.run_tests`.
         num_problems: Problems that are read; 0 for all.
         problem_batch: Problems that are analysed together.
@@ -298,11 +298,18 @@ class ReasoningProblems(ReasoningData):
         """
         if stage == "fit":
             raise ValueError("reasoning_problems has no traces to train on; accepted: test and predict")
-        if stage == "predict" and not any(self.traces):
-            raise ValueError("traces: empty; predict needs a JSONL file of traces")
+        if not any(self.traces) and (stage == "predict" or self.traces_file):
+            said = (
+                f"{self.traces_file!r} has no traces"
+                if self.traces_file
+                else "empty; predict needs a JSONL file of traces"
+            )
+            raise ValueError(f"traces: {said}")
 
     def test_dataloader(self) -> ResumableLoader:
-        """Problems, with their given traces if there are any."""
+        """All problems, for which the model writes traces; with a file of traces, those that it has traces of."""
+        if self.traces_file:
+            return self.predict_dataloader()
         return self.loader(ItemBatches(list(self.problems), self.traces, self.problem_batch), same_every_epoch=True)
 
     def predict_dataloader(self) -> ResumableLoader:

@@ -149,6 +149,12 @@ def test_jsonl_with_a_tokenizer(tmp_path: Path, tokenizer: str) -> None:
     assert first.answer_start(trace[:start]) == start
     batch = data.predict_dataloader().dataset.batch(0, 0)
     assert [p.key for p in batch["problems"]] == ["a"]
+    # a test with given traces is one of these alone, and without a file one of all problems
+    assert data.test_dataloader().dataset.batch(0, 0)["problems"] == batch["problems"]
+    assert len(ReasoningProblems(path=path).test_dataloader().dataset.batch(0, 0)["problems"]) == 2
+    none = lines(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match=r"none.jsonl' has no traces"):
+        ReasoningProblems(path=path, traces=none).setup("test")
     curves = lines(tmp_path / "curves.jsonl", {"key": "a/t0-1", "problem": "a", "text": "Two and two.\nSo \\boxed{4}"})
     assert ReasoningProblems(path=path, tokenizer=tokenizer, traces=curves).traces == data.traces
     bad = lines(tmp_path / "bad.jsonl", {"key": "a", "trace": "about ~4"})
