@@ -211,9 +211,7 @@ class ScalarModel(nn.Module):
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Return float32 `[B, S]` for tokens int64 `[B, S]`, padded anywhere, with `mask` bool `[B, S]`."""
-        hidden = self.lm.base_model(
-            input_ids=input_ids, attention_mask=mask, position_ids=positions(mask), use_cache=False
-        ).last_hidden_state
+        hidden = self.lm.base_model(input_ids=input_ids, **placed(mask), use_cache=False).last_hidden_state
         return self.head(hidden).squeeze(-1).float()
 
     def score(self, input_ids: Tensor, mask: Tensor) -> Tensor:
@@ -243,6 +241,14 @@ def load_reward(path: str, vocab_size: int | None = None) -> tuple[ScalarModel, 
 def positions(mask: Tensor) -> Tensor:
     """Positions of tokens that may be padded on the left, int64 of the shape of `mask`."""
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def placed(mask: Tensor) -> dict[str, Tensor]:
+    """Mask and positions for a causal model; nothing if no row of `mask`, bool `[B, S]`, is padded on the left.
+
+    What follows the end of a text is hidden from it by causality, and attention without a mask is faster.
+    """
+    return {} if bool(mask[:, 0].all()) else {"attention_mask": mask, "position_ids": positions(mask)}
 
 
 class Likelihood(NamedTuple):
@@ -278,11 +284,9 @@ def answer_likelihood(
         hidden: Whether to return hidden states.
         entropy: Whether to return entropies.
     """
-    attention = torch.cat([prompt_mask, mask], dim=1)
     output = model(
         input_ids=torch.cat([prompt_ids, tokens], dim=1),
-        attention_mask=attention,
-        position_ids=positions(attention),
+        **placed(torch.cat([prompt_mask, mask], dim=1)),
         use_cache=False,
         logits_to_keep=tokens.shape[1] + 1,
         output_hidden_states=hidden,
