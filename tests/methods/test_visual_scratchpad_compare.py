@@ -54,7 +54,7 @@ def test_the_median_and_the_range_of_the_seeds_are_drawn() -> None:
     assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["a", "c", "trained on"]
 
 
-def test_samples_until_ninety_per_cent_are_read_off_the_curve_without_the_test() -> None:
+def test_samples_until_ninety_per_cent_are_read_off_the_curve() -> None:
     curve = [{"samples": 64.0, "id": 0.5, "ood": 0.4}, {"samples": 128.0, "id": 0.9, "ood": 0.8}]
     curve += [{"samples": 192.0, "id": 1.0, "ood": 0.89}, {"samples": 192.0, "id": 1.0, "ood": 0.95}]
     assert samples_until(curve, "id") == 128
@@ -62,7 +62,9 @@ def test_samples_until_ninety_per_cent_are_read_off_the_curve_without_the_test()
     one = {"task": "cycles", "curve": curve}
     table = samples_table({"inductive": {"0": one, "1": one | {"curve": curve[1:]}}})
     assert "| cycles | inductive | as in training | 128, 128 | 192 |" in table
-    assert "| cycles | inductive | harder | -, - | 192 |" in table, "the last point is the test"
+    assert "| cycles | inductive | harder | 192, 192 | 192 |" in table, "the last point is the test"
+    low = samples_table({"inductive": {"0": one | {"curve": curve[:1]}}})
+    assert "| cycles | inductive | harder | - | 64 |" in low
 
 
 def test_runs_are_tested_again_and_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

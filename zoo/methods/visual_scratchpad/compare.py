@@ -2,8 +2,8 @@
 
 `python -m zoo.methods.visual_scratchpad.compare --runs runs/reproduce/visual_scratchpad/cpu` tests the newest
 checkpoint of every run `<runs>/<name>/<seed>` again and writes `<output>_difficulty.png`, `<output>_rollouts.png`,
-`<output>_samples.md` (samples seen until 90 % of the validation problems are answered) and `<output>_compare.json`. The
-runs are only read. With `--cache DIR` what was measured is kept there, so that an interrupted comparison goes on.
+`<output>_samples.md` (samples seen until 90 % of held-out problems are answered) and `<output>_compare.json`. The runs
+are only read. With `--cache DIR` what was measured is kept there, so that an interrupted comparison goes on.
 """
 
 from __future__ import annotations
@@ -107,10 +107,10 @@ def samples_until(curve: Sequence[Mapping[str, float]], key: str, accuracy: floa
 def samples_table(measured: Measured) -> str:
     """Markdown: for each run and loader the samples until 90 %, seed by seed, and the samples seen in all."""
     lines = [
-        "# Samples seen until 90 % of the validation problems are answered",
+        "# Samples seen until 90 % of held-out problems are answered",
         "",
         "Made by `python -m zoo.methods.visual_scratchpad.compare`; not to be edited. A value for each seed, `-` where "
-        "it is never reached; resolution: the interval of validations.",
+        "it is never reached. Looked at: the validations, once an epoch, and the test at the end of training.",
         "",
         "| task | run | problems | samples until 90 %, by seed | samples in all |",
         "|---|---|---|---|---|",
@@ -120,7 +120,7 @@ def samples_table(measured: Measured) -> str:
             known = [one for one in seeds.values() if any(key in point for point in one["curve"])]
             if not known:
                 continue
-            reached = [samples_until(one["curve"][:-1], key) for one in known]
+            reached = [samples_until(one["curve"], key) for one in known]
             cells = ", ".join("-" if value is None else f"{value:.0f}" for value in reached)
             total = max(point["samples"] for one in known for point in one["curve"])
             lines.append(f"| {known[0]['task']} | {name} | {title} | {cells} | {total:.0f} |")
@@ -192,7 +192,7 @@ def rollout_figure(strips: Mapping[str, Any]) -> Figure:
             axis.set_axis_on()
             axis.set(xticks=[], yticks=[])
             axis.imshow(picture.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
-        line[0].set_ylabel(title, fontsize=7)
+        line[0].set_ylabel(title.replace("_", "\n").replace(" ", "\n"), fontsize=6)
     axes[0][0].set_title("question", fontsize=8)
     return figure
 
