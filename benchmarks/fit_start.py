@@ -62,9 +62,7 @@ def main() -> None:
     rounds = [{name: seconds(before) for name, before in BEFORE.items()} for _ in range(args.rounds)]
     wall, processor = ({name: min(r[name][i] for r in rounds) for name in BEFORE} for i in (0, 1))
     print(wall, processor)
-    what = (
-        "time of `zoo fit` until its first step is over, with a running collector and W&B Launch, over ours"
-    )
+    what = "time of `zoo fit` until its first step is over, with a running collector and W&B Launch, over ours"
     value = processor["before"] / processor["ours"]
     details = {"config": CONFIG, "seconds": wall, "processor_seconds": processor, "rounds": rounds}
     write_bench(args.out, comparison("fit_start", what, value, "", ">=", 1.1, details))

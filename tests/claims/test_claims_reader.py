@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from zoo.claims import reader
 from zoo.claims.reader import claims_files, find_claims, load_plan
 from zoo.errors import UsageError
 
@@ -122,3 +124,21 @@ def test_every_shipped_claims_file_can_be_read() -> None:
                 plan = load_plan(path, scale)
                 assert plan.method == name
                 assert set(fingerprints(plan, plan.seeds)) == set(plan.runs)
+
+
+def test_a_file_is_parsed_once_and_read_anew_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, parse = tmp_path / "claims.yaml", reader.parse_yaml
+    parsed: list[str] = []
+
+    def counted(text: str, where: str) -> Any:
+        parsed.append(text)
+        return parse(text, where)
+
+    monkeypatch.setattr(reader, "parse_yaml", counted)
+    path.write_text("method: a\nscales: {cpu: {seeds: [0]}}\n")
+    first = reader.scales(path)
+    first["scales"]["cpu"]["seeds"].append(7)
+    assert reader.scales(path)["scales"] == {"cpu": {"seeds": [0]}}, "what one reader does to it is its own affair"
+    assert len(parsed) == 1
+    path.write_text("method: a\nscales: {cpu: {seeds: [1]}}\n")
+    assert reader.scales(path)["scales"] == {"cpu": {"seeds": [1]}}

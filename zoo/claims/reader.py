@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,11 @@ class _Reader:
         return str(value)
 
 
+@lru_cache(maxsize=64)
+def _parsed(text: str, path: str) -> Any:
+    return parse_yaml(text, path)
+
+
 def scales(path: Path) -> dict[str, Any]:
     """Return the raw scales of a claims file.
 
@@ -98,7 +105,7 @@ def scales(path: Path) -> dict[str, Any]:
     """
     reader = _Reader(path)
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        content = deepcopy(_parsed(path.read_text(encoding="utf-8"), str(path)))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read claims {path}: {error}") from error
     content = reader.mapping(content, "top", ("method", "scales"))

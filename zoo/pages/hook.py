@@ -68,7 +68,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     if folder == "methods" and name in method_names():
         hand_written = markdown if page.file.generated_by is None else ""
         markdown = assemble(name, hand_written, results)
-    markdown = markdown.replace(METHODS_MARK, overview(results))
+    if METHODS_MARK in markdown:
+        markdown = markdown.replace(METHODS_MARK, overview(results))
     return mend_links(markdown, source, files)
 
 
