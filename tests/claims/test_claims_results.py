@@ -129,7 +129,8 @@ def test_pages_say_what_the_file_says(world: World, make_claim) -> None:
     world.write(claims=[make_claim(), second], report=report)
     world.reproduce(threads=2)
     page = (world.results / "fake.cpu.md").read_text()
-    assert "| Table 1: 2 against 1 | test/acc | a 0.7050 ± 0.0071 | b 0.5050 ± 0.0071 | +0.2" in page
+    assert "| yes | a 0.7050 ± 0.0071 | b 0.5050 ± 0.0071 | +0.2" in page
+    assert "| test/acc | Table 1: 2 against 1 |" in page
     assert "Fake CPU, 2 threads" in page
     assert "## Accuracy | all" in page
     assert (world.results / "fake.cpu.png").read_bytes().startswith(b"\x89PNG")

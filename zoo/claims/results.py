@@ -248,12 +248,12 @@ def method_markdown(result: Mapping[str, Any], figure: bool) -> str:
     if result["claims"]:
         rows = [
             [
-                c["statement"], c["paper"], metric_of(c), side_text(c["left"]), side_text(c["right"]),
-                difference_text(c), f"{c['margin']:g}", verdict(c),
+                c["statement"], verdict(c), side_text(c["left"]), side_text(c["right"]), difference_text(c),
+                f"{c['margin']:g}", metric_of(c), c["paper"],
             ]
             for c in result["claims"]
         ]  # fmt: skip
-        header = ["claim", "paper", "metric", "left", "right", "left − right", "margin", "holds"]
+        header = ["claim", "holds", "left", "right", "left − right", "margin", "metric", "paper"]
         lines += ["## Claims", "", "Differences are paired by seed; ± is the standard deviation over seeds.", ""]
         lines += [table(header, rows), ""]
         notes = [f"- {c['id']}: {'; '.join(notes_of(c))}" for c in result["claims"] if notes_of(c)]
@@ -278,9 +278,9 @@ def overall_markdown(results: Sequence[Mapping[str, Any]]) -> str:
     """Return the table over all results files."""
     rows = [
         [
-            f"[{r['method']}]({r['method']}.{r['scale']}.md)", c["statement"], c["paper"],
+            f"[{r['method']}]({r['method']}.{r['scale']}.md)", c["statement"], verdict(c),
             f"{side_text(c['left'])}; {side_text(c['right'])}; {difference_text(c)} (margin {c['margin']:g})",
-            str(len(c["per_seed"])), hardware_name(r["hardware"] or {}), f"{seconds_of(r, runs_of(c)):.0f}", verdict(c),
+            c["paper"], str(len(c["per_seed"])), hardware_name(r["hardware"] or {}), f"{seconds_of(r, runs_of(c)):.0f}",
         ]
         for r in results
         for c in r["claims"]
@@ -289,7 +289,7 @@ def overall_markdown(results: Sequence[Mapping[str, Any]]) -> str:
     lines = ["# Measured claims", "", GENERATED.format(source="the JSON files of this folder"), ""]
     if not rows:
         return "\n".join([*lines, "Nothing has been measured yet.", ""])
-    header = ["method", "claim", "paper", "ours", "seeds", "hardware", "seconds", "holds"]
+    header = ["method", "claim", "holds", "ours", "paper", "seeds", "hardware", "seconds"]
     return "\n".join([*lines, f"{holding} of {len(rows)} claims hold.", "", table(header, rows), ""])
 
 
