@@ -11,6 +11,7 @@ import tarfile
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,7 +41,9 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = (sys.executable, "-P", "-m", "build", "--no-isolation", "--outdir", base / "dist")
     call(*build, "--sdist", base / "src", cwd=base)
     with tarfile.open(next((base / "dist").glob("*.tar.gz"))) as archive:
-        archive.extractall(base / "sdist", filter="data")
+        # Python 3.11.2 of Debian 12 has no filters yet
+        safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        archive.extractall(base / "sdist", **safe)
     call(*build, "--wheel", next((base / "sdist").iterdir()), cwd=base)
     return base / "dist"
 

@@ -175,6 +175,12 @@ def test_golden_losses_catch_another_trajectory(plugin: Callable[..., Path], tmp
     assert report.named("failed") == ["golden"]
     assert "loss 7 is" in report.outcomes[0].text
     assert "stored with torch 0.1" in report.outcomes[0].text
+    stored["versions"]["python"] = "3.10.0"
+    (tmp_path / "exemplary.json").write_text(json.dumps(stored))
+    other = check_method("exemplary", only=["golden"], golden=tmp_path)
+    assert other.named("skipped") == ["golden"], "its losses may come from other texts"
+    assert "loss 7 is" in other.outcomes[0].text
+    assert "stored with python 3.10.0" in other.outcomes[0].text
     assert check_method("exemplary", only=["golden"], golden=tmp_path / "none").named("skipped") == ["golden"]
 
 
