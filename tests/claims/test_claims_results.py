@@ -10,7 +10,7 @@ import pytest
 
 from tests.claims.conftest import World
 from zoo.claims.reader import claims_files, load_plan
-from zoo.claims.results import OVERALL, method_markdown, overall_markdown, plus_minus, read_all
+from zoo.claims.results import OVERALL, method_markdown, overall_markdown, plus_minus, read_all, seconds_of
 from zoo.main import main
 
 
@@ -215,3 +215,10 @@ class TestOfThisRepository:
 )  # fmt: skip
 def test_a_mean_is_given_as_exactly_as_its_spread_allows(mean: float | None, std: float | None, text: str) -> None:
     assert plus_minus(mean, std) == text
+
+
+def test_seconds_do_not_depend_on_the_order_of_runs() -> None:
+    values = [0.1, 1e16, -1e16, 0.7, 0.3]
+    result = {"seconds": {f"run{i}": {"0": value} for i, value in enumerate(values)}}
+    names = [f"run{i}" for i in range(len(values))]
+    assert {seconds_of(result, names[i:] + names[:i]) for i in range(5)} == {1.1}

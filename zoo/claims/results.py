@@ -200,7 +200,8 @@ def metric_of(claim: Mapping[str, Any]) -> str:
 
 def seconds_of(result: Mapping[str, Any], names: Iterable[str]) -> float:
     """Return how long the runs `names` took together, all seeds."""
-    return sum(sum(result["seconds"].get(name, {}).values()) for name in set(names))
+    # exact: in the order of a set, a sum would differ in its last digit from process to process
+    return math.fsum(value for name in set(names) for value in result["seconds"].get(name, {}).values())
 
 
 def runs_of(claim: Mapping[str, Any]) -> list[str]:
