@@ -1,6 +1,6 @@
 """Shortcuts through what Lightning does around every step: the same calls and the same numbers, in less time.
 
-Lightning 2.6 spends about two milliseconds a step on its own dispatch. A network of a few milliseconds feels them.
+Networks of a few milliseconds feel what Lightning 2.6 spends on its own dispatch (`benchmarks/step_overhead.py`).
 
 * A value that is logged again, by the same hook with the same arguments, is stored at once. `self.log` otherwise checks
   name, value, hook and arguments anew and walks through all attributes of the stored metric.

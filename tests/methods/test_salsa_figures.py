@@ -10,20 +10,11 @@ import pytest
 import torch
 
 from datamodules.reviews import Reviews
+from tests.methods.salsa_toy import LLAMA
 from zoo.methods.salsa.figures import answers_page, frontier_points, main, plane_of_runs, seeds_alpha_figure
 from zoo.methods.salsa.generation import InProcess, Sampling
 from zoo.nn.lm import build_lm
 
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "initializer_range": 0.3,
-}
 ALPHAS = ("-0.25", "+0.00", "+0.50", "+1.00")
 SURFACE = {
     str(seed): {**{f"test/reward_alpha_{a}": float(a) + seed for a in ALPHAS}, "test/reward_centroid": 2.0}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from datamodules.reviews import Reviews
+from tests.methods.salsa_toy import LLAMA
 from zoo.errors import RunError, UsageError
 from zoo.methods.salsa import losses
 from zoo.methods.salsa.module import Salsa
@@ -28,16 +29,6 @@ from zoo.methods.salsa.soup import soup
 from zoo.nn.lm import build_lm
 from zoo.nn.sampling import left_pad
 
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "initializer_range": 0.3,
-}
 GPT2: dict[str, Any] = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
 DATA = Reviews(batch_size=24, steps_per_epoch=2)
 BATCH: dict[str, Tensor] = dict(DATA.training_batches().batch(0, 0))  # type: ignore[call-overload]

@@ -14,6 +14,7 @@ import torch
 from scipy.stats import chisquare, kstest
 
 import zoo
+from tests.methods.salsa_toy import LLAMA as SMALL
 from tests.support.endpoint import Endpoint, Reply, chat, serving
 from zoo.errors import RunError
 from zoo.methods.salsa.evaluation import in_order, keep_answers, plane_points, surface_metrics
@@ -24,16 +25,7 @@ from zoo.nn.kv_cache import preallocated_cache
 from zoo.nn.lm import build_lm
 from zoo.nn.sampling import left_pad
 
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "initializer_range": 0.5,
-}
+LLAMA = {**SMALL, "initializer_range": 0.5}
 HOW = Sampling(length=5, temperature=0.8, eos_id=2, pad_id=0)
 
 
