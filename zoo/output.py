@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: Columns of a table that goes into a file or a log; a terminal has a width of its own.
+_COLUMNS = 160
+
+
+def table_console() -> Console:
+    """A console for tables, outside a terminal wide enough not to break cells, unless `COLUMNS` says otherwise."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=_COLUMNS)
 
 
 class UnstoppableStream:

@@ -10,6 +10,7 @@ from typing import Any
 
 from zoo import runs
 from zoo.claims.results import hardware_name, table
+from zoo.output import table_console
 from zoo.runs import read_json, write_atomically
 
 PAGE = "README.md"
@@ -192,7 +193,6 @@ def training_row(f: Mapping[str, Any]) -> list[str]:
 
 def show(content: Mapping[str, Any]) -> None:
     """Print the numbers of a method's bench."""
-    from rich.console import Console
     from rich.table import Table
 
     out = Table(box=None, pad_edge=False)
@@ -216,7 +216,7 @@ def show(content: Mapping[str, Any]) -> None:
     row("step, median (ms)", "{:.2f}", "step_ms", "median")
     row("step, 90 % (ms)", "{:.2f}", "step_ms", "p90")
     row("waits for data", "{:.1%}", "data_wait_share")
-    console = Console()
+    console = table_console()
     console.print(f"{content['config']}, {content['rows_per_step']:g} samples a step", highlight=False)
     console.print(out)
     ratio = content["ratio"]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from zoo.claims.campaign import LOG, MARKER, Observer, Task
 from zoo.claims.results import Results, number, write_texts
+from zoo.output import table_console
 from zoo.runs import read_json
 
 
@@ -24,14 +25,13 @@ class Display(Observer):
     """
 
     def __init__(self, results: Results, tasks: Sequence[Task], wanted: Sequence[Task], jobs: int) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
         self.results, self.wanted, self.jobs = results, list(wanted), jobs
         self.done = 0
         seconds = results.content.get("seconds", {})
         self.known = {name: list(by_seed.values()) for name, by_seed in seconds.items()}
-        self.console = Console()
+        self.console = table_console()
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn(),
             console=self.console, disable=not self.console.is_terminal, transient=True,

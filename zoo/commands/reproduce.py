@@ -26,6 +26,7 @@ from zoo.claims.results import (
     write_pages,
 )
 from zoo.errors import UsageError
+from zoo.output import table_console
 
 DESCRIPTION = """\
 Make the runs that a method's claims.yaml lists, those only that are missing or stale, and judge its claims. It can be
@@ -167,7 +168,6 @@ def rewrite(plans: Sequence[Plan], results_dir: Path) -> int:
 
 def show_claims(claims: Sequence[Mapping[str, Any]]) -> None:
     """Print a table of judged claims."""
-    from rich.console import Console
     from rich.table import Table
 
     if not claims:
@@ -181,7 +181,7 @@ def show_claims(claims: Sequence[Mapping[str, Any]]) -> None:
             claim["id"], *(side_text(claim[side], between="\n") for side in ("left", "right")),
             difference_text(claim).replace(", ", "\n"), number(claim["margin"]), verdicts[claim["holds"]],
         )  # fmt: skip
-    console = Console()
+    console = table_console()
     console.print(table)
     for claim in claims:
         for note in notes_of(claim):
