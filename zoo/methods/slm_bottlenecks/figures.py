@@ -95,10 +95,14 @@ def loss_figure(curve: Sequence[tuple[float, float]], law: LossLaw | None) -> Fi
     axis.plot(tokens, losses, "o", label="validation")
     if law is not None:
         first, last = min(tokens), max(tokens)
-        grid = [first * (10 * last / first) ** (i / 60) for i in range(61)]
         text = f"{law.floor:.2f} + ({law.scale:.2g} / n)^{law.exponent:.2f}"
-        axis.plot(grid, [law.loss(n) for n in grid], color="grey", label=text)
+        for start, ratio, style, label in ((first, last / first, "-", text), (last, 10.0, "--", "extrapolated")):
+            grid = [start * ratio ** (i / 60) for i in range(61)]
+            axis.plot(grid, [law.loss(n) for n in grid], color="grey", linestyle=style, label=label)
     axis.set(xscale="log", xlabel="tokens", ylabel="loss (nats)")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     return figure
