@@ -24,14 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from datamodules.scratchpad.datamodule import TASKS, make_task
-from datamodules.scratchpad.probes import DEFAULTS
+from datamodules.scratchpad.catalogue import DEFAULTS, NAMES, SIZE_HELP, frames_of, size_of, task_of
 from datamodules.scratchpad.tasks import (
     CHUNK,
     PALETTE,
     Sketch,
     Task,
-    frame_indices,
     num_frames,
     problem_pool,
     rgb,
@@ -78,7 +76,7 @@ def drawn_problems(
         for row in range(len(last)):
             canvas, arrival = task.sketch(rows_of(pool, slice(row, row + 1)), stride)
             steps = np.arange(last[row] + 1)
-            frames = frame_indices(Sketch(canvas, arrival), steps)
+            frames = frames_of(task, Sketch(canvas, arrival), steps)
             yield Problem(start + row, int(pool["label"][row]), int(pool["difficulty"][row]), frames)
 
 
@@ -187,7 +185,7 @@ def export(
     }
     lines = writers[form]()
     made_from = {
-        "task": task.name, "size": getattr(task, "size", None), "image_size": task.image_size,
+        "task": task.name, "size": size_of(task), "image_size": task.image_size,
         "difficulty": difficulty, "split": split, "samples": samples, "stride": stride, "seed": seed,
         "format": form, "scale": scale, "palette": rgb(np.arange(len(PALETTE), dtype=np.uint8)).tolist(),
     }  # fmt: skip
@@ -203,8 +201,8 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--task", choices=TASKS, default="rect_maze")
-    parser.add_argument("--size", type=int, help="cells along a side, rings, fixed places (cycles), or steps (strings)")
+    parser.add_argument("--task", choices=NAMES, default="rect_maze")
+    parser.add_argument("--size", type=int, help=SIZE_HELP)
     parser.add_argument("--image-size", type=int, help="pixels")
     parser.add_argument("--difficulty", type=int, nargs=2, metavar=("LOW", "HIGH"))
     parser.add_argument("--format", choices=("folders", "huggingface", "gif"), default="folders")
@@ -220,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = {"size": options.size, "image_size": options.image_size, "difficulty": options.difficulty}
     chosen = DEFAULTS[options.task] | {key: value for key, value in given.items() if value is not None}
     try:
-        task = make_task(options.task, chosen["image_size"], chosen["size"])
+        task = task_of(options.task, chosen["image_size"], chosen["size"])
         export(
             task, options.output, options.format, options.split, options.samples, chosen["difficulty"],
             options.stride, options.seed, options.frames, options.scale, options.milliseconds,

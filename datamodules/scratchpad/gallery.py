@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from datamodules.scratchpad.datamodule import make_task
-from datamodules.scratchpad.tasks import Task, frame_indices, num_frames, rgb
+from datamodules.scratchpad.catalogue import frames_of, task_of
+from datamodules.scratchpad.tasks import Task, num_frames, rgb
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +23,8 @@ SHOWN: dict[str, tuple[tuple[int, int | None, tuple[int, int]], ...]] = {
     "circ_maze": ((42, 3, (4, 9)), (42, 3, (11, 16)), (84, 6, (20, 30))),
     "cycles": ((64, None, (6, 6)), (96, None, (12, 12)), (160, None, (24, 24))),
     "strings": ((64, None, (8, 8)), (96, None, (12, 12)), (160, None, (20, 20))),
+    "traced_cycles": ((48, 6, (12, 12)), (96, 10, (16, 16))),
+    "traced_strings": ((48, 6, (8, 8)), (96, 10, (12, 12))),
 }
 
 
@@ -37,7 +39,7 @@ def examples(task: Task, low: int, high: int, seed: int) -> list[tuple[str, np.n
             (f"step {last[row] // 2}", last[row] // 2),
             ("end", last[row]),
         ):
-            pictures.append((title, rgb(frame_indices(sketch, step))[row]))
+            pictures.append((title, rgb(frames_of(task, sketch, step))[row]))
     return pictures
 
 
@@ -51,7 +53,7 @@ def gallery(seed: int = 0) -> Figure:
     for line, (name, image_size, size, (low, high)) in zip(axes, rows, strict=True):
         difficulty = f"{low} to {high}" if low < high else f"{low}"
         for axis, (title, picture) in zip(
-            line, examples(make_task(name, image_size, size), low, high, seed), strict=True
+            line, examples(task_of(name, image_size, size), low, high, seed), strict=True
         ):
             axis.imshow(picture, interpolation="nearest")
             axis.set_title(title, fontsize=8)

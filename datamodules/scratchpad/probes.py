@@ -20,16 +20,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from datamodules.scratchpad.datamodule import TASKS, make_task
+from datamodules.scratchpad.catalogue import DEFAULTS, NAMES, SIZE_HELP, task_of
 from datamodules.scratchpad.tasks import BLACK, PALETTE, Problems, Task, problem_pool, rows_of
 
-#: Difficulty and sizes that the command probes unless told otherwise.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "rect_maze": {"size": 6, "image_size": 24, "difficulty": [5, 10]},
-    "circ_maze": {"size": 3, "image_size": 42, "difficulty": [4, 9]},
-    "cycles": {"size": None, "image_size": 48, "difficulty": [12, 12]},
-    "strings": {"size": None, "image_size": 48, "difficulty": [8, 8]},
-}
 #: What is probed besides with `--task all`, without predictors from pixels: other settings of the claims.
 FURTHER: tuple[tuple[str, dict[str, Any]], ...] = (
     ("rect_maze", {"difficulty": [13, 20]}),
@@ -150,8 +143,8 @@ def table(report: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Probe one task, or all of them, print the tables, and write them to `<output>.json` and `<output>.md`."""
     parser = argparse.ArgumentParser(prog="python -m datamodules.scratchpad.probes", description=main.__doc__)
-    parser.add_argument("--task", choices=(*TASKS, "all"), default="all")
-    parser.add_argument("--size", type=int, help="cells along a side, rings, fixed places (cycles), or steps (strings)")
+    parser.add_argument("--task", choices=(*NAMES, "all"), default="all")
+    parser.add_argument("--size", type=int, help=SIZE_HELP)
     parser.add_argument("--image-size", type=int, help="pixels")
     parser.add_argument("--difficulty", type=int, nargs=2, metavar=("LOW", "HIGH"))
     parser.add_argument("--samples", type=int, default=20000)
@@ -166,10 +159,10 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--samples {options.samples}: expected an even number of at least 100")
     reports = []
     wanted = [(options.task, {key: value for key, value in given.items() if value is not None})]
-    for name, changes in [*((name, {}) for name in TASKS), *FURTHER] if options.task == "all" else wanted:
+    for name, changes in [*((name, {}) for name in NAMES), *FURTHER] if options.task == "all" else wanted:
         chosen = DEFAULTS[name] | changes
         try:
-            task = make_task(name, chosen["image_size"], chosen["size"])
+            task = task_of(name, chosen["image_size"], chosen["size"])
             low, high = chosen["difficulty"]
             pixels = not options.no_pixels and (name, changes) not in FURTHER
             rows = probe(task, low, high, options.samples, options.seed, pixels)

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datamodules.scratchpad.catalogue import size_of, task_of
 from datamodules.scratchpad.datamodule import VisualScratchpadTasks
 from datamodules.scratchpad.export import export, main, picture
 from datamodules.scratchpad.gallery import examples, gallery
 from datamodules.scratchpad.rect_maze import RectMaze
-from datamodules.scratchpad.tasks import PALETTE, rgb
+from datamodules.scratchpad.tasks import PALETTE, problem_pool, rgb
+from datamodules.scratchpad.traced import TracedCycles, TracedStrings, traced_frame
 
 TASK = RectMaze(16, 4)
 SMALL: dict[str, Any] = {"split": "train", "samples": 6, "difficulty": [3, 5], "seed": 3}
@@ -96,6 +98,30 @@ def test_the_command_writes_and_refuses_in_one_sentence(tmp_path: Path, capsys: 
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize("kind", [TracedCycles, TracedStrings])
+def test_traced_loops_are_written_as_their_network_sees_them(
+    kind: type[TracedCycles] | type[TracedStrings], tmp_path: Path
+) -> None:
+    nodes = "6" if kind is TracedCycles else "8"
+    words = ["--task", kind.name, "--image-size", "40", "--size", "5", "--difficulty", nodes, nodes, "--samples", "4"]
+    main([*words, "--frames", "--output", str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["size"] == 5
+    task = kind(40, 5)
+    pool = problem_pool(task, 0, "train", 4, int(nodes), int(nodes))
+    sketch = task.sketch(pool)
+    for row in lines(tmp_path / "out"):
+        steps = sorted((tmp_path / "out" / "train_frames" / f"{row['index']:07d}").iterdir())
+        assert len(steps) == row["num_frames"] + 1
+        for t, step in enumerate(steps):
+            pixels = np.asarray(Image.open(step).convert("RGB"))
+            np.testing.assert_array_equal(pixels, rgb(traced_frame(sketch, t))[row["index"]])
+
+
+@pytest.mark.parametrize(("name", "size"), [("cycles", 14), ("strings", 6), ("rect_maze", 4), ("traced_strings", 5)])
+def test_a_task_can_be_built_again_from_its_export(name: str, size: int) -> None:
+    assert size_of(task_of(name, 48, size)) == size
+
+
 def test_pictures_are_scaled_without_blending() -> None:
     indices = np.array([[0, 1], [2, 3]], dtype=np.uint8)
     pixels = np.asarray(picture(indices, 4).convert("RGB"))
@@ -112,5 +138,5 @@ def test_the_gallery_shows_both_answers_of_every_task() -> None:
     assert not (end_of_yes == red).all(axis=-1).any(), "the end has turned blue"
     figure = gallery(seed=1)
     assert {axis.get_ylabel().split("\n")[0] for axis in figure.axes} - {""} == {
-        "rect_maze", "circ_maze", "cycles", "strings",
+        "rect_maze", "circ_maze", "cycles", "strings", "traced_cycles", "traced_strings",
     }  # fmt: skip

@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datamodules.scratchpad.datamodule import TASKS, make_task
+from datamodules.scratchpad.catalogue import DEFAULTS, NAMES, task_of
 from datamodules.scratchpad.loops import Cycles
-from datamodules.scratchpad.probes import DEFAULTS, main, majority_accuracy, pixel_accuracy, probe
+from datamodules.scratchpad.probes import main, majority_accuracy, pixel_accuracy, probe
 from datamodules.scratchpad.rect_maze import RectMaze
 from datamodules.scratchpad.tasks import problem_pool
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_no_local_cue_answers_more_than_52_percent(name: str) -> None:
     """20,000 problems, half of them to fit on: the standard error is 0.5 %."""
     setting = DEFAULTS[name]
-    task = make_task(name, setting["image_size"], setting["size"])
+    task = task_of(name, setting["image_size"], setting["size"])
     low, high = setting["difficulty"]
     rows = probe(task, low, high, samples=20000, seed=1, pixels=False)
     local = {row["cue"]: row["accuracy"] for row in rows if row["reach"] == "local"}

@@ -7,8 +7,9 @@ import pytest
 from scipy import ndimage
 
 from datamodules.scratchpad.loops import Cycles
+from datamodules.scratchpad.strings import Strings
 from datamodules.scratchpad.tasks import BLACK, BLUE, CHUNK, RED, WHITE, num_frames, problem_pool, rows_of
-from datamodules.scratchpad.traced import TracedCycles, VisualScratchpadTracedCycles, traced_frame
+from datamodules.scratchpad.traced import TracedCycles, TracedStrings, VisualScratchpadTraced, traced_frame
 
 TASK = TracedCycles(64, advance=7)
 
@@ -71,13 +72,27 @@ def test_the_front_lies_next_to_what_was_coloured_before() -> None:
             assert set(np.unique(pieces[new])) <= set(touched), f"row {row}, step {t} of {last}: {count} pieces"
 
 
-def test_no_solution_is_longer_than_the_bound() -> None:
-    for nodes in (6, 12):
-        assert problem_pool(TASK, 2, "train", CHUNK, nodes, nodes)["steps"].max() <= TASK.longest(nodes)
+def test_strings_are_those_of_the_plain_task_with_a_front() -> None:
+    task, plain = TracedStrings(48, 6), Strings(48, 8)  # 8 steps across 48 pixels are 6 pixels each
+    problems, same = (problem_pool(kind, 1, "train", 60, 8, 12) for kind in (task, plain))
+    sketch, expected = task.sketch(problems), plain.sketch(same)
+    np.testing.assert_array_equal(sketch.arrival, expected.arrival)
+    np.testing.assert_array_equal(problems["steps"], same["steps"] + 1)
+    np.testing.assert_array_equal(sketch.canvas == RED, expected.canvas == BLUE)
+    last = num_frames(problems)
+    assert (traced_frame(sketch, last - 1) == RED).any(axis=(1, 2)).all()
+    assert not (traced_frame(sketch, last) == RED).any()
+    np.testing.assert_array_equal((traced_frame(sketch, last) == BLACK).any(axis=(1, 2)), problems["label"] == 0)
+
+
+@pytest.mark.parametrize(("task", "sizes"), [(TASK, (6, 12)), (TracedStrings(48, 5), (8, 12))])
+def test_no_solution_is_longer_than_the_bound(task: TracedCycles | TracedStrings, sizes: tuple[int, ...]) -> None:
+    for nodes in sizes:
+        assert problem_pool(task, 2, "train", CHUNK, nodes, nodes)["steps"].max() <= task.longest(nodes)
 
 
 def test_batches_know_their_task_and_bounds() -> None:
-    data = VisualScratchpadTracedCycles(ood_difficulty=[14, 14], train_size=32, val_size=8, test_size=8)
+    data = VisualScratchpadTraced(ood_difficulty=[14, 14], train_size=32, val_size=8, test_size=8)
     assert data.longest_solution == data.task.longest(14)
     data.setup("fit")
     batch = data.batches("train").batch(0, 0)
@@ -92,9 +107,11 @@ def test_batches_know_their_task_and_bounds() -> None:
     [
         (lambda: TracedCycles(48, 2), "advance=2 pixels"),
         (lambda: TracedCycles(48, 49), "advance=49 pixels"),
+        (lambda: TracedStrings(48, 2), "advance=2 pixels"),
+        (lambda: VisualScratchpadTraced(task="rect_maze"), "task='rect_maze': expected one of cycles, strings"),
         (lambda: TracedCycles(160, 3).check(12, 24), "expected fewer than 254"),
-        (lambda: VisualScratchpadTracedCycles(advance=1), "advance=1 pixels"),
-        (lambda: VisualScratchpadTracedCycles(ood_difficulty=[12, 14]), "overlaps"),
+        (lambda: VisualScratchpadTraced(advance=1), "advance=1 pixels"),
+        (lambda: VisualScratchpadTraced(ood_difficulty=[12, 14]), "overlaps"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(make: object, message: str) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from zoo.api import run
 from zoo.methods.visual_scratchpad import compare
+from zoo.methods.visual_scratchpad import figures as run_figures
 from zoo.methods.visual_scratchpad.compare import (
     difficulty_figure,
     finished_runs,
@@ -88,3 +90,22 @@ def test_runs_are_tested_again_and_not_touched(tmp_path: Path, monkeypatch: pyte
     main(["--runs", "runs", "--output", "out/figures", "--cache", "kept"])
     assert Path("out/figures_compare.json").read_text() == first
     assert "| rect_maze | inductive | harder |" in Path("out/figures_samples.md").read_text()
+
+
+def test_an_interval_has_some_width_at_the_ends_too() -> None:
+    for right in (0, 7, 20):
+        low, high = run_figures.wilson_interval(right / 20, 20)
+        inside = wilson_by_definition(right, 20)
+        np.testing.assert_allclose((low, high), inside, atol=1e-9)
+        assert high - low > 0.1
+
+
+def wilson_by_definition(right: int, n: int) -> tuple[float, float]:
+    """Where a share p is 1.96 of its own standard errors from the one that was seen: the definition, solved."""
+    grid = np.roots([n + 1.96**2, -(2 * right + 1.96**2), right**2 / n])
+    return float(min(grid)), float(max(grid))
+
+
+def test_difficulties_are_whole_numbers() -> None:
+    axis = run_figures.difficulty_figure({5: (1.0, 100), 6: (0.5, 100)}).axes[0]
+    assert all(float(tick).is_integer() for tick in axis.get_xticks())

@@ -9,15 +9,18 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer, seed_everything
 
-from datamodules.scratchpad.tasks import Sketch
-from datamodules.scratchpad.traced import VisualScratchpadTracedCycles, traced_frame
+from datamodules.scratchpad.datamodule import VisualScratchpadTasks
+from datamodules.scratchpad.tasks import RED, Sketch
+from datamodules.scratchpad.traced import VisualScratchpadTraced, traced_frame
+from zoo.methods.visual_scratchpad.module import VisualScratchpad
+from zoo.methods.visual_scratchpad.networks import Prediction
 from zoo.methods.visual_scratchpad.pixels import MODES, PixelScratchpad, PixelScratchpadViT, PixelStem
 
 
-def make_data(**changes: Any) -> VisualScratchpadTracedCycles:
+def make_data(**changes: Any) -> VisualScratchpadTraced:
     arguments: dict[str, Any] = {"image_size": 32, "advance": 12, "train_difficulty": [6, 6]}
     arguments |= {"ood_difficulty": [8, 8], "train_size": 32, "val_size": 4, "test_size": 8, "batch_size": 8}
-    return VisualScratchpadTracedCycles(**(arguments | changes))
+    return VisualScratchpadTraced(**(arguments | changes))
 
 
 def make_model(**changes: Any) -> PixelScratchpad:
@@ -56,6 +59,38 @@ def test_frames_show_what_the_generator_draws() -> None:
     images = model.frame(batch, torch.ones(8, dtype=torch.int64))
     red = (images == torch.tensor([1.0, 0, 0])[:, None, None]).all(dim=1)
     assert torch.equal(red, batch["arrival"] == 1)
+
+
+def test_a_sketch_without_front_is_that_of_the_plain_method() -> None:
+    """In mazes the goal is red, and the front of a flood needs no colour of its own."""
+    data = VisualScratchpadTasks(
+        task="circ_maze", size=2, image_size=32, train_difficulty=[3, 6], train_size=32, val_size=4, test_size=4,
+        batch_size=8,
+    )  # fmt: skip
+    data.setup("fit")
+    batch = data.batches("train").batch(0, 0)
+    plain = VisualScratchpad(image_size=32, patch_size=8, longest_solution=20)
+    for t in (0, 2, 5):
+        steps = torch.full((8,), t)
+        with_front = make_model(front=True).indices(batch, steps)
+        assert torch.equal(make_model(front=False).frame(batch, steps), plain.frame(batch, steps))
+        assert torch.equal(
+            with_front == RED, (batch["arrival"] == t) | ((batch["canvas"] == RED) & (batch["arrival"] > t))
+        )
+
+
+def test_several_own_steps_start_from_an_earlier_true_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, model = make_data(), make_model(self_steps=2)
+    data.setup("fit")
+    batch = data.batches("train").batch(0, 0)
+    passes: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        model.net, "forward", lambda image: (passes.append(image), Prediction(image, None, image[:, 0]))[1]
+    )
+    t = torch.full((8,), 3)
+    drawn = model.own_frames(batch, t)
+    assert len(passes) == 2
+    assert torch.equal(drawn, model.frame(batch, t - 2)), "a network that copies never leaves the frame it began with"
 
 
 def test_what_turns_from_red_to_blue_is_weighted_too() -> None:

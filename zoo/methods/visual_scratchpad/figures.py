@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 
@@ -26,18 +27,25 @@ def strip_figure(drawn: Tensor, true: Tensor) -> Figure:
     return figure
 
 
+def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Interval of a share seen in `n` trials, 95 % by default; of some width at 0 and 1 too (Wilson, 1927)."""
+    centre, width = share + z * z / (2 * n), z * (share * (1 - share) / n + (z / (2 * n)) ** 2) ** 0.5
+    return (centre - width) / (1 + z * z / n), (centre + width) / (1 + z * z / n)
+
+
 def difficulty_figure(accuracies: Mapping[int, tuple[float, int]]) -> Figure:
-    """Accuracy at each difficulty with two standard errors."""
+    """Accuracy at each difficulty with its 95 % interval."""
     levels = list(accuracies)
-    values = [accuracies[level][0] for level in levels]
-    errors = [
-        2 * (value * (1 - value) / accuracies[level][1]) ** 0.5 for level, value in zip(levels, values, strict=True)
-    ]
+    values = [share for share, _ in accuracies.values()]
+    ends = [wilson_interval(share, n) for share, n in accuracies.values()]
+    below = [max(0.0, value - low) for value, (low, _) in zip(values, ends, strict=True)]
+    above = [max(0.0, high - value) for value, (_, high) in zip(values, ends, strict=True)]
     figure = Figure(figsize=(5, 3), layout="constrained")
     axis = figure.subplots()
-    axis.errorbar(levels, values, yerr=errors, marker="o", capsize=2)
+    axis.errorbar(levels, values, yerr=[below, above], marker="o", capsize=2, label="roll-outs, 95 % interval")
     axis.axhline(0.5, color="grey", linestyle=":", label="chance")
     axis.set(xlabel="difficulty", ylabel="accuracy", ylim=(0, 1.05))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend()
     return figure
 
