@@ -11,7 +11,8 @@ from torch import Tensor
 from datamodules import sources
 from datamodules.augment import Augment, normalise
 from datamodules.images import ImageBatch, draw_split, make_views
-from datamodules.loading import Batches, ResumableLoader, ZooDataModule, cycled_order, keyed_generator
+from datamodules.in_memory import SourceDataModule
+from datamodules.loading import Batches, ResumableLoader, cycled_order, keyed_generator
 from datamodules.streams import Stream, class_positions, draw_supports, labels_per_class
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def plain(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor
     return normalise(images.float() / 255, mean, std)
 
 
-class ClassIncrementalImages(ZooDataModule):
+class ClassIncrementalImages(SourceDataModule):
     """A stream of tasks with new classes each; batches are `ClassIncrementalBatch` and `ImageBatch`.
 
     Task `t` owns the epochs `t * epochs_per_task .. (t + 1) * epochs_per_task - 1` of one fit. It shows all training
@@ -124,7 +125,7 @@ class ClassIncrementalImages(ZooDataModule):
     Args:
         source: Data set in memory: `fashion_mnist`, `cifar10`, `cifar100` or `digits`; or `image_folder` for the files
             in `root/train/<class>/*` and `root/val/<class>/*`.
-        root: Folder to look in first; then `$ZOO_DATA`, `data`, `~/data` and where a system package puts it.
+        root: Folder to look in; null for `$ZOO_DATA`, `data`, `~/data` and where a system package puts it.
         download: Whether to fetch it, if it is nowhere.
         image_size: Height and width at which `image_folder` reads; null is 256. The other sources have their own.
         num_tasks: Tasks, which divide the classes equally.
@@ -183,7 +184,7 @@ class ClassIncrementalImages(ZooDataModule):
         num_workers: int = 0,
         data_seed: int = 0,
     ) -> None:
-        super().__init__(num_workers, data_seed)
+        super().__init__(root, download, num_workers, data_seed)
         for key, value, least in (
             ("image_size", image_size, 1),
             ("epochs_per_task", epochs_per_task, 1),
@@ -201,7 +202,6 @@ class ClassIncrementalImages(ZooDataModule):
         if labels_per_class is None and label_fraction is None:
             labels_per_class = 10
         self.source = self._source(source, root, image_size)
-        self.root, self.download = root, download
         self.num_tasks, self.class_order = num_tasks, class_order
         self.positions = class_positions(self.num_classes, num_tasks, class_order)
         self.epochs_per_task, self._steps_per_epoch = epochs_per_task, steps_per_epoch
@@ -236,21 +236,6 @@ class ClassIncrementalImages(ZooDataModule):
         return sources.source(name)
 
     @property
-    def num_classes(self) -> int:
-        """Classes of the whole stream."""
-        return self.source.num_classes
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of the images."""
-        return self.source.in_channels
-
-    @property
-    def image_size(self) -> int:
-        """Height and width of the images in pixels."""
-        return self.source.image_size
-
-    @property
     def steps_per_epoch(self) -> int:
         """Batches of an epoch, the same for all tasks."""
         return self._steps_per_epoch or min(map(len, self.unlabelled)) // self.batch_size
@@ -270,10 +255,6 @@ class ClassIncrementalImages(ZooDataModule):
             "buffer_size": self.buffer_size,
             "data_seed": self.data_seed,
         }
-
-    def prepare_data(self) -> None:
-        """Look for the data set; fetch it with `download`."""
-        self.source.find(self.root, self.download)
 
     def setup(self, stage: str) -> None:
         """Read the images; for training, divide them into tasks and draw the labelled ones."""

@@ -10,7 +10,8 @@ from torch import Tensor
 from datamodules import sources
 from datamodules.augment import Augment, normalise
 from datamodules.captions import NOUNS, PROMPT, Vocabulary, draw_captions
-from datamodules.loading import Batches, ResumableLoader, ZooDataModule, epoch_permutation, keyed_generator
+from datamodules.in_memory import SourceDataModule
+from datamodules.loading import Batches, ResumableLoader, epoch_permutation, keyed_generator
 
 
 class ImageTextBatch(TypedDict):
@@ -63,14 +64,14 @@ class _Pairs(Batches):
         }
 
 
-class TemplateCaptions(ZooDataModule):
+class TemplateCaptions(SourceDataModule):
     """Images in memory with one made-up caption each; a subclass names the data set in `source`.
 
     A caption tells attributes that are measured from the pixels and, sometimes, the class, see `datamodules.captions`.
     Training images are the first `train_images`, validation images the `val_images` after them.
 
     Args:
-        root: Folder to look in first; then `$ZOO_DATA`, `data`, `~/data` and where a system package puts it.
+        root: Folder to look in; null for `$ZOO_DATA`, `data`, `~/data` and where a system package puts it.
         download: Whether to fetch it, if it is nowhere.
         train_images: Images to train on; null for all but the validation images.
         val_images: Images to validate on.
@@ -101,7 +102,7 @@ class TemplateCaptions(ZooDataModule):
         num_workers: int = 0,
         data_seed: int = 0,
     ) -> None:
-        super().__init__(num_workers, data_seed)
+        super().__init__(root, download, num_workers, data_seed)
         least = {
             "train_images": (batch_size if train_images is None else train_images, batch_size),
             "val_images": (val_images, 1),
@@ -114,7 +115,6 @@ class TemplateCaptions(ZooDataModule):
         for key, probability in (("p_class", p_class), ("p_wrong", p_wrong)):
             if not 0 <= probability <= 1:
                 raise ValueError(f"{key}: {probability} is no probability")
-        self.root, self.download = root, download
         self.train_images, self.val_images = train_images, val_images
         self.p_class, self.p_wrong, self.coarse = p_class, p_wrong, coarse
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
@@ -123,16 +123,6 @@ class TemplateCaptions(ZooDataModule):
         self.nouns = NOUNS[self.source.name][coarse]
         self.vocabulary = Vocabulary(self.nouns)
         self.parts: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of the images."""
-        return self.source.in_channels
-
-    @property
-    def image_size(self) -> int:
-        """Height and width of the images in pixels."""
-        return self.source.image_size
 
     @property
     def vocab_size(self) -> int:
@@ -162,10 +152,6 @@ class TemplateCaptions(ZooDataModule):
     def decode(self, tokens: list[int]) -> str:
         """The words of a caption."""
         return self.vocabulary.decode(tokens)
-
-    def prepare_data(self) -> None:
-        """Look for the data set; fetch it with `download`."""
-        self.source.find(self.root, self.download)
 
     def setup(self, stage: str) -> None:
         """Read the images of the stage and write their captions."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from datamodules.image_folder import MEAN, STD, read_image
+from datamodules.image_folder import MEAN, STD, class_files, class_folders, read_image
 
 
 class ImageFiles:
@@ -57,14 +57,7 @@ class FolderSource:
         Raises:
             FileNotFoundError: If there are none.
         """
-        folder = self.root / "train"
-        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
-        if not names:
-            raise FileNotFoundError(
-                f"no class folders in {folder}; set `data.init_args.root` to a folder with train/<class>/*.jpg and "
-                "val/<class>/*.jpg (ImageNet: https://image-net.org, an account is needed)"
-            )
-        return names
+        return class_folders(self.root)
 
     @property
     def num_classes(self) -> int:
@@ -77,13 +70,5 @@ class FolderSource:
 
     def load(self, root: str | None, train: bool) -> tuple[ImageFiles, Tensor]:
         """List the files of a part; images and classes `[N]` (int64)."""
-        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
-        folder = self.root / ("train" if train else "val")
-        index = {name: i for i, name in enumerate(self.classes)}
-        try:
-            listed = make_dataset(str(folder), index, extensions=IMG_EXTENSIONS)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{folder}: {error}") from error
-        paths = [path for path, _ in listed]
-        return ImageFiles(paths, self.image_size), torch.tensor([label for _, label in listed], dtype=torch.int64)
+        paths, target = class_files(self.root / ("train" if train else "val"), self.classes)
+        return ImageFiles(paths, self.image_size), target

@@ -42,6 +42,37 @@ def read_image(path: str) -> Any:
         raise ValueError(f"image {path} is damaged ({error}); replace or remove it") from error
 
 
+def class_folders(root: Path) -> list[str]:
+    """Return the names of the classes of `root/train/<class>/*`, sorted.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    folder = root / "train"
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    if not names:
+        raise FileNotFoundError(
+            f"no class folders in {folder}; set `data.init_args.root` to a folder with train/<class>/*.jpg and "
+            "val/<class>/*.jpg (ImageNet: https://image-net.org, an account is needed)"
+        )
+    return names
+
+
+def class_files(folder: Path, classes: list[str]) -> tuple[list[str], Tensor]:
+    """List the image files in the folders of `classes`, and the class of each, int64 `[N]`.
+
+    Raises:
+        FileNotFoundError: If a folder is missing or holds no image.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    try:
+        listed = make_dataset(str(folder), {name: i for i, name in enumerate(classes)}, extensions=IMG_EXTENSIONS)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder}: {error}") from error
+    return [path for path, _ in listed], torch.tensor([label for _, label in listed], dtype=torch.int64)
+
+
 def augmented(paths: list[str], transform: Callable[[Any], Tensor], key: tuple[int | str, ...]) -> Tensor:
     """Read and transform images, each with random numbers of its own that follow from `key` and its place; stacked."""
     out = []
@@ -180,14 +211,7 @@ class ImageFolders(ZooDataModule):
         Raises:
             FileNotFoundError: If there are none.
         """
-        folder = self.root / "train"
-        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
-        if not names:
-            raise FileNotFoundError(
-                f"no class folders in {folder}; set `data.init_args.root` to a folder with train/<class>/*.jpg and "
-                "val/<class>/*.jpg (ImageNet: https://image-net.org, an account is needed)"
-            )
-        return names
+        return class_folders(self.root)
 
     @property
     def num_classes(self) -> int:
@@ -201,7 +225,7 @@ class ImageFolders(ZooDataModule):
     def setup(self, stage: str) -> None:
         """List the files of the stage and draw or read the labelled ones."""
         if stage in ("fit", "validate") and not self.split:
-            self.paths, self.target = self._files("train")
+            self.paths, self.target = class_files(self.root / "train", self.classes)
             self.split = draw_split(self.target, self.val_per_class, self.labels_per_class, self.data_seed)
             if self.label_list is not None:
                 self.split["labelled"] = self._listed(Path(self.label_list))
@@ -210,17 +234,7 @@ class ImageFolders(ZooDataModule):
                     f"batch_size: {self.batch_size} is more than the {len(self.split['train'])} unlabelled images"
                 )
         if stage in ("test", "predict"):
-            self.test_paths, self.test_target = self._files("val")
-
-    def _files(self, part: str) -> tuple[list[str], Tensor]:
-        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
-        index = {name: i for i, name in enumerate(self.classes)}
-        try:
-            listed = make_dataset(str(self.root / part), index, extensions=IMG_EXTENSIONS)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{self.root / part}: {error}") from error
-        return [path for path, _ in listed], torch.tensor([label for _, label in listed], dtype=torch.int64)
+            self.test_paths, self.test_target = class_files(self.root / "val", self.classes)
 
     def _listed(self, path: Path) -> Tensor:
         if not path.is_file():

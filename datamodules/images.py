@@ -12,14 +12,8 @@ from torch import Tensor
 
 from datamodules import sources
 from datamodules.augment import Augment, normalise
-from datamodules.loading import (
-    Batches,
-    ResumableLoader,
-    ZooDataModule,
-    cycled_order,
-    epoch_permutation,
-    keyed_generator,
-)
+from datamodules.in_memory import SourceDataModule
+from datamodules.loading import Batches, ResumableLoader, cycled_order, epoch_permutation, keyed_generator
 
 
 class SemiSupervisedBatch(TypedDict):
@@ -150,7 +144,7 @@ class _EvalBatches(Batches):
         return {"image": normalise(images[rows].float() / 255, self.mean, self.std), "target": target[rows]}
 
 
-class SemiSupervisedImages(ZooDataModule):
+class SemiSupervisedImages(SourceDataModule):
     """Images in memory, a class-balanced part of them labelled; batches are `SemiSupervisedBatch` and `ImageBatch`.
 
     A subclass names the data set in `source`.
@@ -160,7 +154,7 @@ class SemiSupervisedImages(ZooDataModule):
     over the unlabelled images. The labelled indices are written to `labelled_indices.json` in the run directory.
 
     Args:
-        root: Folder to look in first; then `$ZOO_DATA`, `data`, `~/data` and where a system package puts it.
+        root: Folder to look in; null for `$ZOO_DATA`, `data`, `~/data` and where a system package puts it.
         download: Whether to fetch it, if it is nowhere.
         labels_per_class: Labelled images of each class; null for all.
         labels_file: JSON file of labelled indices, as a run writes it; instead of a draw.
@@ -195,7 +189,7 @@ class SemiSupervisedImages(ZooDataModule):
         num_workers: int = 0,
         data_seed: int = 0,
     ) -> None:
-        super().__init__(num_workers, data_seed)
+        super().__init__(root, download, num_workers, data_seed)
         for key, value, least in (
             ("labels_per_class", 1 if labels_per_class is None else labels_per_class, 1),
             ("val_per_class", val_per_class, 0),
@@ -205,7 +199,6 @@ class SemiSupervisedImages(ZooDataModule):
         ):
             if value < least:
                 raise ValueError(f"{key}: {value} is not accepted; accepted: {least} or more")
-        self.root, self.download = root, download
         self.labels_per_class, self.labels_file, self.val_per_class = labels_per_class, labels_file, val_per_class
         self.batch_size, self.labelled_batch_size = batch_size, labelled_batch_size
         self.eval_batch_size = eval_batch_size
@@ -215,28 +208,9 @@ class SemiSupervisedImages(ZooDataModule):
         self.split: dict[str, Tensor] = {}
 
     @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return self.source.num_classes
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of the images."""
-        return self.source.in_channels
-
-    @property
-    def image_size(self) -> int:
-        """Height and width of the images in pixels."""
-        return self.source.image_size
-
-    @property
     def steps_per_epoch(self) -> int:
         """Full batches in one pass over the unlabelled images."""
         return len(self.split["train"]) // self.batch_size
-
-    def prepare_data(self) -> None:
-        """Look for the data set; fetch it with `download`."""
-        self.source.find(self.root, self.download)
 
     def setup(self, stage: str) -> None:
         """Read the images of the stage and draw the labelled ones."""

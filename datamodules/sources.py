@@ -20,7 +20,7 @@ from torch import Tensor
 
 #: Where Debian's package dataset-fashion-mnist puts its files.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-#: Folders that are searched for every data set, after `root`; `ZOO_DATA` comes first.
+#: Folders that are searched for every data set where no `root` is given; `ZOO_DATA` comes first.
 DATA_FOLDERS = (Path("data"), Path("~/data"))
 
 Arrays = tuple[Tensor, Tensor]
@@ -41,6 +41,7 @@ class ImageSource:
         read: Images and classes of the training or test part from a place.
         how_to_get: What to tell somebody who lacks it.
         download: Fetches it into a folder; None where it cannot be fetched.
+        system: Where a system package puts it.
     """
 
     name: str
@@ -53,17 +54,21 @@ class ImageSource:
     read: Callable[[Path, bool], Arrays]
     how_to_get: str
     download: Callable[[Path], None] | None = None
+    system: tuple[Path, ...] = ()
 
     def candidates(self, root: str | None) -> list[Path]:
-        """Places where the data set is looked for, in this order."""
-        folders = [Path(part) for part in (root, os.environ.get("ZOO_DATA")) if part]
-        return self.places([folder.expanduser() for folder in (*folders, *DATA_FOLDERS)])
+        """Places where the data set is looked for, in this order: those in `root`, if it is given, and no others."""
+        if root:
+            return self.places([Path(root).expanduser()])
+        given = os.environ.get("ZOO_DATA")
+        folders = [*([Path(given)] if given else []), *DATA_FOLDERS]
+        return [*self.places([folder.expanduser() for folder in folders]), *self.system]
 
     def find(self, root: str | None = None, download: bool = False) -> Path:
         """Return the place of the data set.
 
         Args:
-            root: Folder to look in first.
+            root: Folder to look in; None for `$ZOO_DATA`, `data`, `~/data` and where a system package puts it.
             download: Fetch it into `root` (or `data`) if it is nowhere.
 
         Raises:
@@ -76,7 +81,9 @@ class ImageSource:
             self.download(Path(root or "data").expanduser())
             return self.find(root)
         looked = ", ".join(str(place) for place in self.candidates(root))
-        raise FileNotFoundError(f"data set {self.name} was not found; looked for: {looked}. {self.how_to_get}")
+        elsewhere = next((place for place in self.candidates(None) if place.exists()), None)
+        hint = self.how_to_get if elsewhere is None else f"It lies in {elsewhere}: leave out `data.init_args.root`."
+        raise FileNotFoundError(f"data set {self.name} was not found; looked for: {looked}. {hint}")
 
     def load(self, root: str | None, train: bool) -> Arrays:
         """Return images `[N, c, H, W]` (uint8) and classes `[N]` (int64) of the training or the test part.
@@ -140,7 +147,7 @@ def _fashion_mnist_places(folders: list[Path]) -> list[Path]:
     inside = [folder / sub for folder in folders for sub in ("FashionMNIST/raw", "fashion-mnist")]
     # a folder that holds the files themselves
     direct = [folder for folder in folders if any(folder.glob("t10k-images-idx3-ubyte*"))]
-    return [*direct, *inside, DEBIAN_FASHION_MNIST]
+    return [*direct, *inside]
 
 
 def _read_cifar(label_key: str, train_files: tuple[str, ...], test_files: tuple[str, ...]) -> Callable[..., Arrays]:
@@ -203,6 +210,7 @@ SOURCES: dict[str, ImageSource] = {
         ImageSource(
             "fashion_mnist", 10, 1, 28, (0.2860,), (0.3530,), _fashion_mnist_places, _read_fashion_mnist,
             f"`apt-get install dataset-fashion-mnist` on Debian and Ubuntu. {_GET}.", _torchvision("FashionMNIST"),
+            (DEBIAN_FASHION_MNIST,),
         ),
         ImageSource(
             "cifar10", 10, 3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), _below("cifar-10-batches-py"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import os
@@ -75,13 +76,25 @@ def test_a_damaged_file_is_named(tiny_fashion_mnist: Path, damage: str) -> None:
 
 
 def test_a_missing_data_set_says_where_and_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
+    fashion_mnist = dataclasses.replace(sources.source("fashion_mnist"), system=(tmp_path / "nowhere",))
+    monkeypatch.setattr(FashionMNIST, "source", fashion_mnist)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"looked for: .*nowhere.*apt-get install dataset-fashion-mnist"):
+    with pytest.raises(FileNotFoundError, match=r"looked for: data/.*nowhere.*apt-get install dataset-fashion-mnist"):
+        FashionMNIST().prepare_data()
+    with pytest.raises(FileNotFoundError, match=r"looked for: \S*here/\S*, \S*here/fashion-mnist\. `apt-get install"):
         FashionMNIST(root=str(tmp_path / "here")).prepare_data()
     with pytest.raises(FileNotFoundError, match="cifar-10-batches-py"):
         CIFAR10(root=str(tmp_path)).prepare_data()
+
+
+def test_a_root_without_the_data_set_is_no_reason_to_take_another_copy(
+    tmp_path: Path, tiny_fashion_mnist: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZOO_DATA", str(tiny_fashion_mnist))
+    FashionMNIST().prepare_data()
+    with pytest.raises(FileNotFoundError, match=f"It lies in {tiny_fashion_mnist}: leave out `data.init_args.root`"):
+        FashionMNIST(root=str(tmp_path / "elsewhere")).prepare_data()
 
 
 def write_cifar(root: Path, name: str, content: Any) -> None:

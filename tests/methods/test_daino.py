@@ -114,6 +114,14 @@ def test_it_learns_the_toy(tmp_path: Path) -> None:
     assert result[0]["test/acc"] > 0.6
 
 
-def test_bad_arguments_name_the_choices() -> None:
-    with pytest.raises(ValueError, match="head must be one of dino, suave, got 'swav'"):
-        Daino(**{**PLAIN, "head": "swav"})
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head": "swav"}, "head must be one of dino, suave, got 'swav'"),
+        ({"ema_momentum": 2.0}, r"ema_momentum must lie in \[0, 1\], got 2.0"),
+        ({"teacher_temperature": 0.0}, "teacher_temperature must be positive, got 0.0"),
+    ],
+)
+def test_bad_arguments_name_what_is_accepted(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Daino(**{**PLAIN, **options})

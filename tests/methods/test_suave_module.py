@@ -212,6 +212,8 @@ def test_training_starts_from_the_weights_it_is_given(tmp_path: Path) -> None:
         ({"objective": "suav"}, "objective must be one of suave"),
         ({"num_prototypes": 7}, "num_prototypes must be 4 or null, got 7"),
         ({"mix_weight": "code"}, "mix_weight must be one of paper, official"),
+        ({"tau": -1.0}, "tau must be positive, got -1.0"),
+        ({"ema_momentum": 2.0}, r"ema_momentum must lie in \[0, 1\], got 2.0"),
         ({"finetune_fraction": 1.0}, r"finetune_fraction must lie in \[0, 1\)"),
     ],
 )

@@ -48,6 +48,9 @@ def test_sizes_of_known_networks() -> None:
         ({}, "small_conv"),
         ({"name": "timm:resnet5000"}, "not in timm"),
         ({"name": "small_conv", "widths": [1]}, "widths"),
+        ({"name": "small_conv", "channels": ["a", "b"]}, r"backbone.channels: \['a', 'b'\] is not accepted"),
+        ({"name": "small_conv", "channels": []}, r"accepted: whole numbers above 0"),
+        ({"name": "timm:resnet10t", "widths": [1]}, "does not take these options"),
         ({"name": "wide_resnet", "depth": 11}, r"6 n \+ 4"),
     ],
 )

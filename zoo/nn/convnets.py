@@ -22,9 +22,14 @@ class SmallConv(nn.Sequential):
     Args:
         in_channels: Channels of the images.
         channels: Output channels of each block.
+
+    Raises:
+        ValueError: If a number of channels is none.
     """
 
     def __init__(self, in_channels: int = 3, channels: Sequence[int] = (32, 64, 128)) -> None:
+        if not all(isinstance(width, int) and width > 0 for width in channels) or not channels:
+            raise ValueError(f"backbone.channels: {channels} is not accepted; accepted: whole numbers above 0")
         layers: list[nn.Module] = []
         previous = in_channels
         for width in channels:
@@ -128,7 +133,10 @@ def build_backbone(spec: Mapping[str, Any], in_channels: int = 3) -> nn.Module:
         model = name.removeprefix("timm:")
         if model not in timm.list_models():
             raise ValueError(f"backbone {name!r} is not in timm: {did_you_mean(model, timm.list_models())}")
-        return timm.create_model(model, pretrained=False, in_chans=in_channels, num_classes=0, **options)
+        try:
+            return timm.create_model(model, pretrained=False, in_chans=in_channels, num_classes=0, **options)
+        except TypeError as error:
+            raise ValueError(f"backbone {name!r} does not take these options: {options} ({error})") from error
     if name not in _FACTORIES:
         raise ValueError(f"backbone name must be one of {', '.join(_FACTORIES)} or timm:<model>, got {name!r}")
     try:

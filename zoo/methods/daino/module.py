@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoo.card import Card
 from zoo.methods.daino.losses import teacher_assignment, updated_centre
-from zoo.methods.suave.base import ClusteringModule, check_choice
+from zoo.methods.suave.base import ClusteringModule, check_choice, check_fractions, check_positive
 from zoo.methods.suave.losses import cross_entropy, frequency_weights, swapped_prediction
 from zoo.methods.suave.networks import ClusteringNetwork
 from zoo.nn.ema import ema_update, frozen_copy
@@ -113,6 +113,12 @@ class Daino(ClusteringModule):
     ) -> None:
         check_choice("head", head, ("dino", "suave"))
         check_choice("init_parts", init_parts, ("backbone", "network"))
+        check_positive(tau=tau, teacher_temperature=teacher_temperature, lr=lr)
+        check_positive(warmup_teacher_temperature=warmup_teacher_temperature)
+        check_fractions(
+            ema_momentum=ema_momentum, ema_momentum_end=ema_momentum_end, centre_momentum=centre_momentum,
+            label_smoothing=label_smoothing,
+        )  # fmt: skip
         net = ClusteringNetwork(
             backbone or {"name": "small_conv"},
             in_channels,

@@ -29,6 +29,20 @@ def check_choice(name: str, value: str, accepted: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
 
 
+def check_positive(**values: float) -> None:
+    """Raise a `ValueError` that names the first argument that is not positive."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+
+
+def check_fractions(**values: float) -> None:
+    """Raise a `ValueError` that names the first argument that does not lie in [0, 1]."""
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
 class ClusteringModule(LightningModule):
     """A `LightningModule` around a `ClusteringNetwork`; the training step and the hyper-parameters are the subclass's.
 

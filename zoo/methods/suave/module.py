@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.card import Card
-from zoo.methods.suave.base import ClusteringModule, check_choice
+from zoo.methods.suave.base import ClusteringModule, check_choice, check_fractions, check_positive
 from zoo.methods.suave.losses import (
     MixWeight,
     confident_pseudo_labels,
@@ -140,6 +140,8 @@ class Suave(ClusteringModule):
                 f"objective {objective!r} has one prototype a class: num_prototypes must be {num_classes} or null,"
                 f" got {prototypes}"
             )
+        check_positive(tau=tau, epsilon=epsilon, sinkhorn_iterations=sinkhorn_iterations, lr=lr)
+        check_fractions(ema_momentum=ema_momentum, label_smoothing=label_smoothing, threshold=threshold)
         if not 0.0 <= finetune_fraction < 1.0:
             raise ValueError(f"finetune_fraction must lie in [0, 1), got {finetune_fraction}")
         net = ClusteringNetwork(
