@@ -18,33 +18,43 @@ from callbacks.resume_checkpoint import ResumeCheckpoint
 
 #: 128 + SIGTERM, what a shell reports for a terminated process.
 EXIT_CODE = 143
+#: 128 + SIGINT, after Ctrl-C.
+INTERRUPTED = 130
+
+#: Written by the handler itself: `print` cannot be called while another `print` is under way.
+NOTICE = b"Ctrl-C: stopping after this step; once more to stop at once\n"
 
 
 class Preempted(SystemExit):
-    """The run was asked to stop and has written a checkpoint; leaves the process with exit code 143.
+    """The run was asked to stop and has written a checkpoint; leaves the process with exit code 143 or 130.
 
     Args:
         path: The checkpoint, or None if it could not be written.
         step: Optimiser steps done.
+        code: The exit code.
     """
 
-    def __init__(self, path: Path | None, step: int) -> None:
-        super().__init__(EXIT_CODE)
+    def __init__(self, path: Path | None, step: int, code: int = EXIT_CODE) -> None:
+        super().__init__(code)
         self.path, self.step = path, step
 
 
 class Preemption(Callback):
-    """On SIGTERM or SIGUSR1: finish the step, write a checkpoint, leave with exit code 143.
+    """On SIGTERM, SIGUSR1 or Ctrl-C: finish the step, write a checkpoint, leave with exit code 143, after Ctrl-C 130.
 
     The handler sets a flag only. The ranks agree on it between two steps and during validations; all of them stop at
     the same step. A validation that is interrupted is run again from its start by the resumed run. Needs the callback
     `resume_checkpoint`, which writes the file. While the training runs, it takes the place of Lightning's handlers,
     which write checkpoints from within the handler.
 
+    A second Ctrl-C raises `KeyboardInterrupt` at once, and so does the first before the training has begun. A terminal
+    sends Ctrl-C to the loader workers, too; they go on, since the step needs their batches.
+
     In a SLURM batch job the signal SIGUSR1 (`#SBATCH --signal=SIGUSR1@120`) also puts the job into the queue again.
 
     Args:
-        signals: Names of the signals; add `SIGINT` for the same on Ctrl-C.
+        signals: Names of the signals, of `SIGTERM`, `SIGUSR1`, `SIGUSR2` and `SIGINT` (Ctrl-C); the first, second and
+            last if None.
         every_n_steps: Steps (and batches of a validation) between two agreements of the ranks. A single process looks
             at its flag after each.
         requeue: Whether to requeue a SLURM job.
@@ -55,7 +65,7 @@ class Preemption(Callback):
 
     def __init__(self, signals: list[str] | None = None, every_n_steps: int = 10, requeue: bool = True) -> None:
         super().__init__()
-        names = ["SIGTERM", "SIGUSR1"] if signals is None else signals
+        names = ["SIGTERM", "SIGUSR1", "SIGINT"] if signals is None else signals
         unknown = [name for name in names if name not in signal.Signals.__members__]
         if unknown:
             raise ValueError(f"preemption: signals holds {unknown[0]!r}; accepted: SIGTERM, SIGUSR1, SIGUSR2, SIGINT")
@@ -66,13 +76,22 @@ class Preemption(Callback):
         self._received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._agreed = False
+        self._training, self._interrupted = False, False
+        self._process, self._tells = os.getpid(), False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         self._received, self._agreed = None, False
+        self._training, self._interrupted = False, False
+        self._process, self._tells = os.getpid(), trainer.is_global_zero
         self._writer(trainer)
         watch(trainer)
+        main = threading.current_thread() is threading.main_thread()
+        # a shell starts what is to run in the background with Ctrl-C ignored
+        if signal.SIGINT in self.signals and main and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            # before the loader workers are forked
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._handle)
 
     def _writer(self, trainer: Trainer) -> ResumeCheckpoint:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -81,7 +100,15 @@ class Preemption(Callback):
         raise ValueError("preemption: the callback resume_checkpoint has to be there, too; it writes the checkpoint")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._received = signal.Signals(number)
+        if os.getpid() != self._process:
+            return  # a loader worker; it ends with the process that it works for
+        if number == signal.SIGINT:
+            if self._interrupted or not self._training:
+                raise KeyboardInterrupt
+            self._interrupted = True
+            if self._tells:
+                os.write(2, NOTICE)
+        self._received = self._received or signal.Signals(number)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning has put its own handlers in place just before
@@ -89,18 +116,26 @@ class Preemption(Callback):
             return
         if trainer.received_sigterm and signal.SIGTERM in self.signals:
             self._received, trainer._signal_connector.received_sigterm = signal.SIGTERM, False
-        self._before = {number: signal.signal(number, self._handle) for number in self.signals}
+        others = [number for number in self.signals if number != signal.SIGINT]
+        self._before |= {number: signal.signal(number, self._handle) for number in others}
+        self._training = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore_handlers()
+        self._restore_handlers(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore_handlers()
+        self._restore_handlers(trainer)
 
-    def _restore_handlers(self) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restore_handlers(trainer)  # where there was no training
+
+    def _restore_handlers(self, trainer: Trainer) -> None:
+        saved = trainer._signal_connector._original_handlers
+        if signal.SIGINT in self._before and signal.SIGINT in saved:
+            saved[signal.SIGINT] = self._before[signal.SIGINT]  # Lightning took ours for the one to go back to
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._before = {}
+        self._before, self._training = {}, False
 
     def _wanted(self, trainer: Trainer, count: int) -> bool:
         if trainer.world_size == 1:
@@ -133,14 +168,21 @@ class Preemption(Callback):
         path = writer.last_path
         if kind == "validation" or path is None or path.name != f"step={trainer.global_step}.ckpt":
             path = writer.save(trainer, kind)
+        code = INTERRUPTED if self._received == signal.SIGINT else EXIT_CODE
         if trainer.is_global_zero:
-            name = self._received.name if self._received else "a signal on another rank"
-            where = f"checkpoint: {path}" if path else "the checkpoint could not be written"
-            print(f"stopped by {name} after step {trainer.global_step}; {where}", file=sys.stderr)
+            print(self._outcome(trainer, path), file=sys.stderr)
             if self.requeue and self._received == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
                 _requeue()
-        trainer.zoo_exit_code = EXIT_CODE  # type: ignore[attr-defined]
-        raise Preempted(path, trainer.global_step)
+        trainer.zoo_exit_code = code  # type: ignore[attr-defined]
+        raise Preempted(path, trainer.global_step, code)
+
+    def _outcome(self, trainer: Trainer, path: Path | None) -> str:
+        step = trainer.global_step
+        if self._received == signal.SIGINT and path:
+            return f"stopped at step {step}; go on: zoo fit --resume {os.path.relpath(trainer.default_root_dir)}"
+        name = self._received.name if self._received else "a signal on another rank"
+        where = f"checkpoint: {path}" if path else "the checkpoint could not be written"
+        return f"stopped by {name} after step {step}; {where}"
 
 
 def _is_last_step(trainer: Trainer) -> bool:

@@ -96,6 +96,8 @@ class ResumeCheckpoint(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         alone = trainer.world_size == 1  # the other ranks would not come to the save
+        if isinstance(exception, KeyboardInterrupt):
+            return  # it can come in the middle of anything, and whoever presses Ctrl-C twice does not want to wait
         if alone and self._clean and self._saved != trainer.global_step and exception is not self._failure:
             self.save(trainer, "step")
 

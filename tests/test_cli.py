@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 import yaml
 
 import zoo
+from tests.support import toy
 from zoo.main import main
 
 TOY = str(Path(__file__).parent / "support" / "toy.yaml")
@@ -242,6 +245,62 @@ def test_nan_stops_the_run_with_step_and_metric(capsys: pytest.CaptureFixture[st
     assert "loss" in err
     assert list(Path("r/checkpoints").glob("step=5.ckpt"))
     assert zoo.runs.read_json(Path("r/summary.json"))["stages"]["fit"]["status"] == "failed"
+
+
+def ctrl_c(*args: Any, **kwargs: Any) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(("module", "method"), [(toy.ToyData, "setup"), (toy.Toy, "configure_optimizers")])
+def test_ctrl_c_before_the_first_step_says_so(
+    module: type, method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(module, method, ctrl_c, raising=False)
+    assert main(["fit", "--config", TOY, "--run_dir", "r"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped before the first step"
+    assert zoo.runs.read_json(Path("r/summary.json"))["stages"]["fit"]["status"] == "stopped"
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_ctrl_c_keeps_the_run_and_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = fit(trainer__max_epochs=4)
+    step = toy.Toy.training_step
+    asked = iter(range(8))
+
+    def training_step(self: Any, *args: Any) -> Any:
+        if next(asked, None) == 6:
+            ctrl_c()
+        return step(self, *args)
+
+    monkeypatch.setattr(toy.Toy, "training_step", training_step)
+    words = ["--trainer.max_epochs", "4", "--checkpoint.every_n_epochs", "0"]
+    assert main(["fit", "--config", TOY, "--run_dir", "r", *words]) == 130
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == "stopped at step 7; go on: zoo fit --resume r"
+    assert [int(row["step"]) for row in rows(Path("r")) if row["train/loss"]] == list(range(7))
+    assert zoo.runs.read_json(Path("r/summary.json"))["stages"]["fit"]["status"] == "stopped"
+    assert main(lines[-1].partition("zoo ")[2].split()) == 0
+    assert rows(Path("r")) == rows(whole.run_dir)
+    assert all(torch.equal(v, weights(whole.run_dir)[k]) for k, v in weights(Path("r")).items())
+
+
+def test_ctrl_c_twice_names_the_last_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def training_step(self: Any, *args: Any) -> Any:
+        for _ in range(self.global_step // 7 * 2):
+            ctrl_c()
+        return step(self, *args)
+
+    step = toy.Toy.training_step
+    monkeypatch.setattr(toy.Toy, "training_step", training_step)
+    assert main(["fit", "--config", TOY, "--run_dir", "r"]) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "stopped at once; the last checkpoint is step=5.ckpt; go on: zoo fit --resume r"
+    assert [path.name for path in Path("r/checkpoints").iterdir()] == ["step=5.ckpt"]
 
 
 def test_a_removed_parameter_in_a_checkpoint_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,9 @@ import errno
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -200,6 +202,7 @@ class Job:
     def _run_in(self, directory: runs.RunDirectory, rank_zero: bool) -> runs.RunResult:
         started, status, code, refused = time.perf_counter(), "failed", 1, False
         earlier = (directory.path / "summary.json").is_file()
+        on_interrupt = signal.getsignal(signal.SIGINT)
         try:
             with paused_collector():
                 self._build()
@@ -211,9 +214,14 @@ class Job:
             status = "stopped" if code else status
         except KeyboardInterrupt:
             status, code = "stopped", 130
+            self._say_stopped(directory)
         except SystemExit as stop:
             # Lightning turns a keyboard interrupt into an exit
             status, code = "stopped", 130 if stop.code in (1, None) else int(stop.code or 0)
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                if threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves it ignored
+                self._say_stopped(directory)
         except UsageError as error:
             refused = not isinstance(error, RunError)
             raise
@@ -307,6 +315,24 @@ class Job:
             print(f"{self.method}: {total:,} parameters, {trained:,} trained", file=sys.stderr)
         if self.checkpoint:
             print(f"starting from: {os.path.relpath(self.checkpoint)}", file=sys.stderr)
+
+    def _say_stopped(self, directory: runs.RunDirectory) -> None:
+        """Say what a Ctrl-C that left no time for a checkpoint has left."""
+        from callbacks.checkpoint_files import checkpoints_newest_first
+
+        if runs.global_rank() != 0:
+            return
+        text, go_on = "stopped", f"zoo fit --resume {os.path.relpath(directory.path)}"
+        if self.options.command == "fit":
+            found = checkpoints_newest_first(directory.path)
+            stepped = getattr(getattr(self.cli, "trainer", None), "global_step", 0)
+            if found:
+                text = f"stopped at once; the last checkpoint is {found[0].name}; go on: {go_on}"
+            elif stepped:
+                text = f"stopped at once, at step {stepped}, without a checkpoint; from the beginning: {go_on}"
+            else:
+                text = "stopped before the first step"
+        print(text, file=sys.stderr)
 
     def _summarise(self, directory: runs.RunDirectory, status: str, seconds: float) -> None:
         metrics: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""SIGTERM: the step ends, a checkpoint is written, exit code 143; the resumed run is the uninterrupted one."""
+"""SIGTERM and Ctrl-C: the step ends, a checkpoint is written, exit code 143 or 130; the resumed run is the same."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ from tests.callbacks.toy import KILL, At, differences, exit_code, final, fit, in
         ("on_train_batch_start", 10, signal.SIGUSR1, "step=10.ckpt"),  # last of an epoch: after its validation
         ("on_validation_batch_start", 8, signal.SIGTERM, "step=10.ckpt"),  # in the middle of a validation
         ("on_train_epoch_end", 1, signal.SIGTERM, "step=5.ckpt"),
+        ("on_before_optimizer_step", 3, signal.SIGINT, "step=3.ckpt"),
+        ("on_train_start", 1, signal.SIGINT, "step=1.ckpt"),
+        ("on_after_backward", 8, signal.SIGINT, "step=8.ckpt"),
+        ("on_validation_batch_start", 8, signal.SIGINT, "step=10.ckpt"),
+        ("on_validation_epoch_end", 2, signal.SIGINT, "step=10.ckpt"),
     ],
 )
 def test_signalled_and_resumed_is_bit_identical(
@@ -34,7 +39,7 @@ def test_signalled_and_resumed_is_bit_identical(
     assert exit_code(fit, tmp_path / "whole", []) == 0
     folder = tmp_path / "stopped"
     callbacks = [resume_callback(**rare), Preemption(), At(hook, call, number)]
-    assert exit_code(fit, folder, callbacks) == EXIT_CODE == 143
+    assert exit_code(fit, folder, callbacks) == (130 if number == signal.SIGINT else 143)
     found = newest_checkpoint(folder)
     assert found is not None
     assert found.name == expected
@@ -52,13 +57,77 @@ def test_a_training_that_ends_anyway_is_finished(tmp_path: Path) -> None:
     assert differences(final(tmp_path / "whole"), final(tmp_path)) == []
 
 
+class Twice(At):
+    """Sends the signal again while the checkpoint is being written."""
+
+    def on_save_checkpoint(self, *args: Any) -> None:
+        assert not isinstance(self.action, Exception)
+        os.kill(os.getpid(), self.action)
+
+
+def test_a_second_ctrl_c_while_saving_ends_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rare = resume_callback(every_n_steps=3, every_n_epochs=0)
+
+    def interrupted() -> None:
+        fit(tmp_path, [rare, Preemption(), Twice("on_train_batch_start", 2, signal.SIGINT)])
+
+    assert exit_code(interrupted) == 1  # Lightning's, which the command line makes 130
+    assert checkpoints_newest_first(tmp_path) == []
+    assert not list(tmp_path.rglob("*.tmp"))
+    err = capfd.readouterr().err
+    assert err.count("Ctrl-C: stopping after this step") == 1
+    assert "stopped at step" not in err
+
+
+@pytest.mark.parametrize("hook", ["setup", "on_fit_start"])
+def test_ctrl_c_before_the_training_ends_at_once(hook: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    stop = At(hook, 1, signal.SIGINT)
+    assert exit_code(fit, tmp_path, [resume_callback(), Preemption(), stop]) == 1
+    assert checkpoints_newest_first(tmp_path) == []
+    assert "Ctrl-C" not in capfd.readouterr().err
+
+
+def test_loader_workers_outlive_ctrl_c(tmp_path: Path) -> None:
+    """A terminal sends it to them, too, before the main process has what the step needs."""
+
+    class ToWorkers(At):
+        def _call(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+            self.count -= 1
+            if self.count == 0:
+                for worker in trainer.train_dataloader._loader._iterator._workers:
+                    os.kill(worker.pid, signal.SIGINT)
+                    worker.join(0.3)
+                    assert worker.is_alive()
+
+    workers = ToWorkers("on_train_batch_start", 2, signal.SIGINT)
+    assert exit_code(fit, tmp_path, [resume_callback(), Preemption(), workers], num_workers=2) == 0
+
+
 def test_handlers_are_put_back(tmp_path: Path) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    def handlers() -> list[Any]:
+        return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+
+    before = handlers()
     fit(tmp_path, [resume_callback(), Preemption()], max_epochs=1)
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
-    with pytest.raises(RuntimeError, match="broken"):
-        fit(tmp_path, [resume_callback(), Preemption(), At("on_train_batch_start", 2, RuntimeError("broken"))])
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+    assert handlers() == before
+    fit(tmp_path, [resume_callback(), Preemption()], max_epochs=0)
+    assert handlers() == before
+    for hook in ("on_fit_start", "on_train_start", "on_train_batch_start"):
+        with pytest.raises(RuntimeError, match="broken"):
+            fit(tmp_path, [resume_callback(), Preemption(), At(hook, 1, RuntimeError("broken"))])
+        assert handlers() == before
+    with pytest.raises(SystemExit):
+        fit(tmp_path, [resume_callback(), Preemption(), At("on_train_batch_start", 1, signal.SIGINT)])
+    assert handlers() == before
+
+
+def test_ctrl_c_that_was_ignored_stays_ignored(tmp_path: Path) -> None:
+    def in_the_background() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        fit(tmp_path, [resume_callback(), Preemption(), At("on_train_batch_start", 2, signal.SIGINT)])
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+    assert exit_code(in_the_background) == 0
 
 
 def test_bad_options(tmp_path: Path) -> None:

@@ -145,6 +145,23 @@ def terminate(folder: Path, draw: random.Random) -> str:
     return f"{signal.Signals(number).name}, exit code {code}"
 
 
+def interrupt(folder: Path, draw: random.Random) -> str:
+    """Ctrl-C at a random step, which loader workers get as well: a checkpoint, exit code 130, and the run goes on."""
+    step = draw.randrange(1, STEPS - 2)
+    ready = folder / "ready"
+    disturb = probe(Disturb, step=step, what="wait", path=str(ready))
+    child = fit(folder, [disturb], data__num_workers=2, checkpoint__every_n_steps=0, checkpoint__every_n_epochs=0)
+    assert child.wait_for(folder / "run" / f"waiting-{step}")
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does
+    ready.touch()
+    code = child.wait(TIMEOUT)
+    assert code == 130, f"exit code {code}: {child.output()[-500:]}"
+    assert_short(child.output(), f"stopped at step {step}; go on: zoo fit --resume run\n")
+    assert newest_step(folder) == step
+    assert_same(resumed(folder, trainer__callbacks="null", checkpoint__every_n_steps=EVERY), undisturbed(folder))
+    return f"at step {step}"
+
+
 def full_disk(folder: Path, draw: random.Random) -> str:
     """No file can grow for a while: the run goes on, says so, and writes everything later."""
     first = draw.randrange(EVERY, STEPS // 2)
@@ -300,6 +317,7 @@ FAULTS = {
     "kill -9": kill,
     "kill -9 with loader workers": kill_with_workers,
     "SIGTERM, SIGUSR1": terminate,
+    "Ctrl-C": interrupt,
     "full disk for a while": full_disk,
     "full disk until the end": full_disk_to_the_end,
     "run directory on a tiny file system": small_disk,

@@ -106,7 +106,8 @@ class Disturb(Callback):
     Args:
         step: Optimiser steps done.
         what: `remove`: delete `path`. `forbid`: no file can grow any more, as on a full disk. `allow`: files can grow
-            again. `kill_worker`: SIGKILL to a loader worker. `wait`: until `path` is there.
+            again. `kill_worker`: SIGKILL to a loader worker. `wait`: until `path` is there; `waiting-<step>` in the
+            directory of the run says that it does.
         path: A file.
     """
 
@@ -130,6 +131,7 @@ class Disturb(Callback):
         elif self.what == "wait":
             import time
 
+            Path(trainer.default_root_dir, f"waiting-{self.step}").touch()
             while not self.path.exists():
                 time.sleep(0.01)
         elif self.what == "kill_worker":
