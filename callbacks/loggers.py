@@ -91,8 +91,9 @@ class RunCSVLogger(Logger):
     def rewind(self, step: int) -> None:
         """Drop the rows of steps after `step`: the training is going to repeat them."""
         self._load()
-        self._rows = [row for row in self._rows if int(row["step"]) < step]
-        self._written = -1
+        kept = [row for row in self._rows if int(row["step"]) < step]
+        if len(kept) != len(self._rows):
+            self._rows, self._written = kept, -1
 
     @rank_zero_only
     def save(self) -> None:

@@ -170,10 +170,10 @@ class ResumeCheckpoint(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After a checkpoint that another callback wrote somewhere in a step, Lightning's own resume has to do."""
+        self._rewind(trainer)  # a run without a checkpoint starts again from its beginning
         if self._resume is None:
             return
         self._tried = self._saved = trainer.global_step
-        self._rewind(trainer)
         if self._resume["kind"] is None:
             self._restore(trainer)
 

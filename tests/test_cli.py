@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,15 @@ def test_resume_goes_on_in_the_same_directory_and_says_what_differs(capsys: pyte
     assert yaml.safe_load((half.run_dir / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
     assert rows(resumed.run_dir) == rows(whole.run_dir)
     assert all(torch.equal(v, weights(whole.run_dir)[k]) for k, v in weights(resumed.run_dir).items())
+
+
+def test_a_resume_without_a_checkpoint_starts_the_metrics_again(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = fit()
+    run_dir = fit(trainer__max_steps=7).run_dir
+    shutil.rmtree(run_dir / "checkpoints")
+    zoo.run("fit", resume=run_dir, overrides={"trainer.max_steps": -1})
+    assert "has no checkpoint yet; starting from the beginning" in capsys.readouterr().err
+    assert rows(run_dir) == rows(whole.run_dir)
 
 
 def test_evaluating_a_run_uses_its_newest_checkpoint_and_adds_to_its_summary() -> None:
