@@ -51,7 +51,7 @@ class RunSummary(Callback):
             raise ValueError(f"run_summary: skip_batches must not be negative, got {skip_batches}")
         self.skip_batches = skip_batches
         self._facts: dict[str, float] = {}
-        self._began = 0.0
+        self._began: float | None = None
         self._first_step = 0
         self._reset()
 
@@ -71,13 +71,19 @@ class RunSummary(Callback):
             torch.cuda.reset_peak_memory_stats()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._facts[f"{getattr(stage, 'value', stage)}/seconds"] = time.perf_counter() - self._began
+        self._keep_seconds(str(getattr(stage, "value", stage)))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         stage = str(trainer.state.fn.value) if trainer.state.fn else "fit"
-        self._facts[f"{stage}/seconds"] = time.perf_counter() - self._began
+        self._keep_seconds(stage)
         if stage == "fit":
             self._finish(trainer)
+
+    def _keep_seconds(self, stage: str) -> None:
+        """Note how long a stage took; one that failed before it was set up has no time of its own."""
+        if self._began is not None:
+            self._facts[f"{stage}/seconds"] = time.perf_counter() - self._began
+        self._began = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._reset()

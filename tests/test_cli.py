@@ -257,6 +257,19 @@ def test_nan_stops_the_run_with_step_and_metric(capsys: pytest.CaptureFixture[st
     assert zoo.runs.read_json(Path("r/summary.json"))["stages"]["fit"]["status"] == "failed"
 
 
+def test_a_failure_before_the_setup_has_no_time_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare_data(self: Any) -> None:
+        raise FileNotFoundError("no points")
+
+    monkeypatch.setattr(toy.ToyData, "prepare_data", prepare_data)
+    assert main(["fit", "--config", TOY, "--run_dir", "r"]) == 2
+    stage = zoo.runs.read_json(Path("r/summary.json"))["stages"]["fit"]
+    assert stage["status"] == "failed"
+    assert stage.get("fit/seconds", 0.0) <= stage["seconds"]
+    for name in ("summary.json", "run.json"):
+        assert Path("r", name).read_text().endswith("}\n")
+
+
 def ctrl_c(*args: Any, **kwargs: Any) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 

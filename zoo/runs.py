@@ -181,7 +181,7 @@ class RunDirectory:
             identity = {"schema": SCHEMA_VERSION, "id": secrets.token_hex(4), "method": method, "config": config}
             identity["begun_by"] = command
             identity["created"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-            write_atomically(self.path / "run.json", json.dumps(identity, indent=1))
+            write_atomically(self.path / "run.json", json.dumps(identity, indent=1) + "\n")
 
     def release(self) -> None:
         """Let another job use the directory; a killed process releases it as well."""
@@ -207,7 +207,7 @@ class RunDirectory:
         summary["stages"] = {**summary.get("stages", {}), stage: {"status": status, **facts}}
         summary["seconds"] = sum(s.get("seconds", 0.0) for s in summary["stages"].values())
         summary |= {"versions": versions(), "commit": commit(), "hardware": hardware()}
-        write_atomically(self.path / "summary.json", json.dumps(summary, indent=1))
+        write_atomically(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:
