@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import shutil
 import sys
 import time
 from argparse import Namespace
@@ -201,6 +202,25 @@ class RunWandbLogger(WandbLogger):
         if self._experiment is not None:
             self._experiment.finish(exit_code=exit_code)
             self._experiment = None
+
+    @rank_zero_only
+    def discard(self) -> None:
+        """End the W&B run of a resume that came to nothing, and delete its folder if nothing was to be sent."""
+        if self._experiment is None:
+            return
+        folder = Path(self._experiment.settings.sync_dir)
+        self.close(1)
+        if not self._offline:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        others = sorted(path for path in folder.parent.glob("*run-*") if path.is_dir() and not path.is_symlink())
+        for link in [path for path in folder.parent.iterdir() if path.is_symlink() and not path.exists()]:
+            target = os.readlink(link)
+            link.unlink()
+            if others:
+                link.symlink_to(target.replace(folder.name, others[-1].name))
+        if not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
 
     def _start(self) -> None:
         """Start W&B; where online does not work, go on offline and say so."""

@@ -180,6 +180,81 @@ def test_a_second_fit_never_touches_the_first(capsys: pytest.CaptureFixture[str]
     assert {p: p.read_bytes() for p in first.run_dir.rglob("*") if p.is_file()} == before
 
 
+def files(folder: Path) -> dict[str, Any]:
+    """All files with what is in them, those of W&B (which goes on writing its own log) with where links lead."""
+    found = [path for path in folder.rglob("*") if path.is_file() or path.is_symlink()]
+    ours = {str(path): path.read_bytes() for path in found if "wandb" not in path.parts}
+    return ours | {str(path): path.is_symlink() and os.readlink(path) for path in found if "wandb" in path.parts}
+
+
+@pytest.mark.parametrize("words", [["--model.activation", "gelu"], ["--data.missing", "true"]])
+def test_a_start_that_failed_leaves_the_directory_free(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert main(["fit", "--config", TOY, "--run_dir", "r", *words]) in (1, 2)
+    failed = zoo.runs.read_json(Path("r/run.json"))
+    assert failed["unused"]
+    assert main(["fit", "--resume", "r", "--data.missing", "true"]) == 2
+    assert zoo.runs.read_json(Path("r/run.json"))["unused"], "as free as before"
+    capsys.readouterr()
+    assert main(["fit", "--config", TOY, "--run_dir", "r"]) == 0
+    new = zoo.runs.read_json(Path("r/run.json"))
+    assert "unused" not in new
+    assert new["id"] != failed["id"]
+    assert yaml.safe_load(Path("r/config.yaml").read_text())["model"]["init_args"] == {"lr": 0.05}
+    assert list(zoo.runs.read_json(Path("r/summary.json"))["stages"]) == ["fit"]
+    assert len(list(Path("r/wandb").glob("offline-run-*"))) == 1
+    assert not list(Path("r").glob("config.resume-*"))
+    before = files(Path("r"))
+    assert main(["fit", "--config", TOY, "--run_dir", "r"]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert files(Path("r")) == before
+
+
+def test_a_run_that_took_a_step_is_never_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["fit", "--config", TOY, "--run_dir", "r", "--checkpoint.every_n_steps", "0"]
+    assert main([*words, "--model.explode_at", "1"]) == 1
+    shutil.rmtree("r/checkpoints", ignore_errors=True)
+    assert main(["fit", "--resume", "r", "--data.missing", "true"]) == 2
+    assert main(words) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert [row["step"] for row in rows(Path("r"))] == ["0"]
+
+
+def test_a_run_that_a_kill_may_have_ended_after_a_step_is_never_replaced() -> None:
+    assert main(["fit", "--config", TOY, "--run_dir", "r", "--data.missing", "true"]) == 2
+    directory = zoo.runs.RunDirectory(Path("r"))
+    for resume in (True, False):
+        assert directory.unused
+        directory.claim("other", "toy", resume, replace=not resume)
+        assert not directory.unused, "a kill now leaves it taken"
+        directory.release()
+        if resume:
+            assert directory.was_unused
+            directory.mark_unused()
+    with pytest.raises(zoo.errors.UsageError, match="already holds a run"):
+        zoo.runs.RunDirectory(Path("r")).claim("other", "toy", False, replace=True)
+
+
+@pytest.mark.parametrize("runs_before", [0, 1])
+def test_a_refused_resume_leaves_no_trace(
+    runs_before: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline" if runs_before else "disabled")
+    run_dir = fit(trainer__max_steps=3).run_dir
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+    before = files(run_dir)
+    assert main(["fit", "--resume", str(run_dir), "--data.missing", "true"]) == 2
+    assert "no points in /nowhere" in capsys.readouterr().err
+    assert files(run_dir) == before
+    (run_dir / "summary.json").unlink()  # as after a kill
+    before = files(run_dir)
+    assert main(["fit", "--resume", str(run_dir), "--data.missing", "true"]) == 2
+    assert files(run_dir) == before
+
+
 def test_checkpoint_of_another_method_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     trained = fit(trainer__max_steps=1)
     checkpoint = next((trained.run_dir / "checkpoints").glob("*.ckpt"))

@@ -49,10 +49,19 @@ class Stamp(pl.Callback):
     Args:
         config: The replayable config of the run.
         method: Registered name of the method.
+
+    Attributes:
+        stepped: Whether a step of the training may have changed anything.
     """
 
     def __init__(self, config: Mapping[str, Any], method: str) -> None:
-        self.config, self.method = config, method
+        self.config, self.method, self.stepped = config, method, False
+
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        self.stepped = True
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.stepped = True
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -152,23 +161,27 @@ class Job:
         self.config = replayable(layers.merged)
         self.method = display_name("methods", self.config["model"]["class_path"])
         self.cli: ZooCLI | None = None
+        self.stamp = Stamp(self.config, self.method)
+        self.replaces = False
 
     def run(self) -> runs.RunResult:
         """Run it; the directory and the environment are released whatever happens."""
         path, continues = self._directory()
         directory = runs.RunDirectory(path)
-        rank_zero = runs.global_rank() == 0
+        rank_zero, written = runs.global_rank() == 0, None
         if rank_zero:
-            directory.claim(self.method, self._config_name(directory), continues, self.options.command)
+            name = self._config_name(directory)
+            directory.claim(self.method, name, continues, self.options.command, self.replaces)
             if not (continues and self.options.command != "fit"):
                 resumed = continues and (directory.path / "config.yaml").exists()
-                directory.save_config(yaml.safe_dump(self.config, sort_keys=False), resumed)
+                saved = directory.save_config(yaml.safe_dump(self.config, sort_keys=False), resumed)
+                written = saved if resumed else None
         mode = self.options.wandb or os.environ.get("WANDB_MODE") or "offline"
         quieten()
         shortcuts.install()
         try:
             with unstoppable_output(), environment({runs.RUN_DIR_VARIABLE: str(directory.path), "WANDB_MODE": mode}):
-                return self._run_in(directory, rank_zero)
+                return self._run_in(directory, rank_zero, continues, written)
         finally:
             directory.release()
 
@@ -182,6 +195,9 @@ class Job:
         if options.run_dir is not None:
             known = (Path(options.run_dir) / "config.yaml").is_file()
             if known and options.command == "fit" and runs.global_rank() == 0:
+                if runs.RunDirectory(Path(options.run_dir)).unused:
+                    self.replaces = True
+                    return Path(options.run_dir), False
                 raise UsageError(
                     f"{options.run_dir} already holds a run",
                     f"go on with it by --resume {options.run_dir}, or choose another --run_dir",
@@ -199,7 +215,10 @@ class Job:
             return str(known)
         return runs.slug(Path(self.options.configs[0]).stem) if self.options.configs else "custom"
 
-    def _run_in(self, directory: runs.RunDirectory, rank_zero: bool) -> runs.RunResult:
+    def _run_in(
+        self, directory: runs.RunDirectory, rank_zero: bool, continues: bool, resumed_config: Path | None
+    ) -> runs.RunResult:
+        """Run it in a claimed directory; `continues` is whether the run was there, `resumed_config` what to undo."""
         started, status, code, refused = time.perf_counter(), "failed", 1, False
         earlier = (directory.path / "summary.json").is_file()
         on_interrupt = signal.getsignal(signal.SIGINT)
@@ -234,11 +253,20 @@ class Job:
         finally:
             seconds = time.perf_counter() - started
             if rank_zero:
-                if not (refused and earlier):  # misuse leaves the files of an earlier run alone
+                idle = not self.stamp.stepped and (refused or status == "stopped")
+                untouched = idle and continues  # a resume that came to nothing leaves no trace
+                if not untouched and not (refused and earlier):
                     self._summarise(directory, status, seconds)
                 for logger in getattr(getattr(self.cli, "trainer", None), "loggers", ()):
-                    if hasattr(logger, "close"):
+                    if untouched and hasattr(logger, "discard"):
+                        logger.discard()
+                    elif hasattr(logger, "close"):
                         logger.close(code)
+                if untouched and resumed_config is not None:
+                    resumed_config.unlink(missing_ok=True)
+                began = self.options.command != "fit" or self.stamp.stepped or status == "finished"
+                if not began and (directory.was_unused or not continues):
+                    directory.mark_unused()
         trainer, model = (
             (self.cli.trainer, self.cli.model) if self.cli and hasattr(self.cli, "trainer") else (None, None)
         )
@@ -246,9 +274,8 @@ class Job:
         return runs.RunResult(directory.path, metrics, model, trainer, code)
 
     def _build(self) -> None:
-        extra: list[pl.Callback] = [Stamp(self.config, self.method)]
         try:
-            self.cli = ZooCLI(self.options.command, self.config, self.classes, extra)
+            self.cli = ZooCLI(self.options.command, self.config, self.classes, [self.stamp])
         except UsageError:
             raise
         except Exception as error:

@@ -6,14 +6,17 @@ It holds `config.yaml` (replays the run), `run.json` (identity), `metrics.csv`, 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import platform
 import re
 import secrets
+import shutil
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -139,10 +142,14 @@ class RunDirectory:
 
     Args:
         path: The directory; created by rank zero.
+
+    Attributes:
+        was_unused: Whether the claimed run had been started before, and had not come to its first step.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
+        self.was_unused = False
         self._lock: IO[str] | None = None
 
     @property
@@ -150,14 +157,41 @@ class RunDirectory:
         """What `run.json` says."""
         return read_json(self.path / "run.json")
 
-    def claim(self, method: str, config: str, resume: bool, command: str = "fit") -> None:
-        """Create or take over the directory for this process; `command` is what a new run begins with.
+    @property
+    def unused(self) -> bool:
+        """Whether the run in it has ended before its first step, so that another one may take its place."""
+        return bool(self.identity.get("unused")) and not any((self.path / "checkpoints").glob("*"))
+
+    def mark_unused(self) -> None:
+        """Note that the run has ended before its first step; on a full disk the directory just stays taken."""
+        with contextlib.suppress(OSError):
+            self._identify({**self.identity, "unused": True})
+
+    def _identify(self, identity: Mapping[str, Any]) -> None:
+        write_atomically(self.path / "run.json", json.dumps(identity, indent=1) + "\n")
+
+    def _clear(self) -> None:
+        """Delete what a run that has taken no step has left; its identity last, so that a kill does no harm."""
+        shutil.rmtree(self.path / "wandb", ignore_errors=True)
+        for path in (*self.path.glob("config*.yaml"), self.path / "metrics.csv", self.path / "summary.json"):
+            path.unlink(missing_ok=True)
+        (self.path / "run.json").unlink()
+
+    def claim(self, method: str, config: str, resume: bool, command: str = "fit", replace: bool = False) -> None:
+        """Create or take over the directory for this process.
+
+        Args:
+            method: Name of the method.
+            config: Name of the config.
+            resume: Whether to go on with the run in it.
+            command: What a new run begins with.
+            replace: Whether the caller counts on a run in it that is unused.
 
         Raises:
             UsageError: If it holds another run, or another process is using it, or it cannot be written.
         """
         known = self.identity
-        if known and not resume and (known["method"], known["config"]) != (method, config):
+        if known and not (resume or self.unused) and (known["method"], known["config"]) != (method, config):
             raise UsageError(
                 f"run directory {self.path} belongs to {known['method']} with config {known['config']}, "
                 f"not to {method} with {config}",
@@ -177,11 +211,20 @@ class RunDirectory:
                 f"another job is running in {self.path}", "choose another --run_dir, or wait for it"
             ) from error
         _HELD.add(self._lock)
+        if replace and not self.unused:  # another job was faster
+            self.release()
+            raise UsageError(f"{self.path} already holds a run", "choose another --run_dir")
+        if not resume and self.unused:
+            self._clear()
+        known = self.identity
+        if known.pop("unused", False):  # from now on it may take steps, and be killed
+            self.was_unused = True
+            self._identify(known)
         if not known:
             identity = {"schema": SCHEMA_VERSION, "id": secrets.token_hex(4), "method": method, "config": config}
             identity["begun_by"] = command
             identity["created"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-            write_atomically(self.path / "run.json", json.dumps(identity, indent=1) + "\n")
+            self._identify(identity)
 
     def release(self) -> None:
         """Let another job use the directory; a killed process releases it as well."""
