@@ -17,6 +17,7 @@ It wraps four methods of Lightning's loops. This file and `resume_checkpoint.py`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning
@@ -86,3 +87,25 @@ def is_between_optimizer_steps(trainer: Trainer) -> bool:
     """Whether no gradients are accumulated that the next step would need."""
     steps: Any = trainer.fit_loop.epoch_loop
     return not steps._should_accumulate()
+
+
+def log_at(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
+    """Log what an evaluation gives at the step and epoch of the checkpoint; Lightning would log it at step 0."""
+    connector: Any = trainer._logger_connector
+    usual = connector.log_metrics
+    step, epoch = int(checkpoint.get("global_step", 0)), float(checkpoint.get("epoch", 0))
+    loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.state_dict", {})
+    logged_at = int(loop.get("_batches_that_stepped", step))
+
+    def log_metrics(metrics: Mapping[str, Any], step: int | None = None) -> None:
+        if metrics and step is None and "step" not in metrics:
+            metrics, step = {"epoch": epoch, **metrics}, logged_at
+        usual(metrics, step=step)
+
+    connector.log_metrics = log_metrics
+    trainer.zoo_step = step  # type: ignore[attr-defined]
+
+
+def shown_step(trainer: Trainer) -> int:
+    """Optimiser steps of the weights at hand: those of the training, or of the checkpoint that is evaluated."""
+    return trainer.global_step if trainer.state.fn == "fit" else getattr(trainer, "zoo_step", trainer.global_step)

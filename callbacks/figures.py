@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from callbacks.boundaries import shown_step
+
 
 class Figures(Callback):
     """Draws `pl_module.figures()`, a dict of names and matplotlib figures, after validations and tests.
@@ -78,7 +80,7 @@ class Figures(Callback):
         figure.savefig(path, dpi=self.dpi, bbox_inches="tight")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_image(f"figures/{name}", [str(path)], step=trainer.global_step)
+                logger.log_image(f"figures/{name}", [str(path)], step=shown_step(trainer))
 
     def _report(self, name: str, error: Exception) -> None:
         if name not in self._reported:

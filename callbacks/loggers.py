@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,9 @@ class RunCSVLogger(Logger):
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Drop the rows of steps after `step`: the training is going to repeat them."""
+        """Drop the rows from `step` on, which the training is going to repeat, but not those of a test."""
         self._load()
-        kept = [row for row in self._rows if int(row["step"]) < step]
+        kept = [row for row in self._rows if int(row["step"]) < step or (step and _is_of_a_test(row))]
         if len(kept) != len(self._rows):
             self._rows, self._written = kept, -1
 
@@ -128,6 +129,10 @@ class RunCSVLogger(Logger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self.flush()
+
+
+def _is_of_a_test(row: Mapping[str, Any]) -> bool:
+    return all(key in ("step", "epoch") or key.startswith("test/") for key in row)
 
 
 #: Where W&B Launch keeps inputs that a program has staged for its next run.

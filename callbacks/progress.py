@@ -10,6 +10,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
+from callbacks.boundaries import shown_step
+
 #: Metrics in a line, half as many beside a bar; all of them are in metrics.csv.
 SHOWN = 6
 
@@ -88,4 +90,4 @@ class Progress(ProgressBar):
         total = f"/{int(steps)}" if steps not in (None, float("inf")) else ""
         text = "  ".join(f"{key} {value:.4g}" for key, value in main_metrics(trainer, SHOWN).items())
         elapsed = f"  {self._last - self._started:.0f} s" if self._started else ""
-        print(f"step {trainer.global_step}{total}{elapsed}  {text}", flush=True)
+        print(f"step {shown_step(trainer)}{total}{elapsed}  {text}", flush=True)

@@ -126,6 +126,44 @@ def test_evaluating_a_run_uses_its_newest_checkpoint_and_adds_to_its_summary() -
     assert sorted(p.name for p in (trained.run_dir / "checkpoints").iterdir()) == before
 
 
+def test_a_test_is_recorded_at_the_step_of_its_checkpoint(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fit(trainer__max_epochs=3)
+    run_dir = fit(trainer__max_steps=7).run_dir
+    seen: list[int] = []
+    step = toy.Toy.test_step
+    logged: list[tuple[int | None, set[str]]] = []
+
+    def log_metrics(self: Any, metrics: dict[str, float], step: int | None = None) -> None:
+        logged.append((step, set(metrics)))
+
+    def test_step(self: Any, *args: Any) -> Any:
+        seen.append(self.global_step)
+        return step(self, *args)
+
+    monkeypatch.setattr(toy.Toy, "test_step", test_step)
+    capsys.readouterr()
+    monkeypatch.setattr("callbacks.loggers.RunWandbLogger.log_metrics", log_metrics)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tested = zoo.run("test", resume=run_dir)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert "step 7  test/acc" in capsys.readouterr().out
+    assert logged == [(7, {"epoch", "test/acc"})]
+    assert set(seen) == {0}, "what a method draws by its counters stays as it was"
+    last = rows(run_dir)[-1]
+    assert (last["step"], last["epoch"], float(last["test/acc"])) == ("7", "1.0", tested.metrics["test/acc"])
+    stage = zoo.runs.read_json(run_dir / "summary.json")["stages"]["test"]
+    assert (stage["step"], stage["epoch"]) == (7, 1)
+    assert set(tested.metrics) == {"train/loss", "val/acc", "test/acc"}
+    zoo.run("fit", resume=run_dir, overrides={"trainer.max_steps": -1, "trainer.max_epochs": 3})
+    kept = rows(run_dir)
+    assert [row for row in kept if row["test/acc"]] == [last], "a resume does not repeat the test"
+    for row in kept:
+        del row["test/acc"]
+    assert [row for row in kept if row["train/loss"]] == [row for row in rows(whole.run_dir) if row["train/loss"]]
+
+
 def test_links_bring_facts_of_the_data() -> None:
     assert fit(trainer__max_steps=1).model.net.out_features == 2
 

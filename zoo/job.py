@@ -52,10 +52,22 @@ class Stamp(pl.Callback):
 
     Attributes:
         stepped: Whether a step of the training may have changed anything.
+        place: Step and epoch of the checkpoint that is evaluated.
     """
 
     def __init__(self, config: Mapping[str, Any], method: str) -> None:
         self.config, self.method, self.stepped = config, method, False
+        self.place: dict[str, int] = {}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let what is evaluated be logged at its step; Lightning's counters stay, methods may draw by them."""
+        if trainer.state.fn != "fit":
+            from callbacks.boundaries import log_at
+
+            self.place = {"step": int(checkpoint.get("global_step", 0)), "epoch": int(checkpoint.get("epoch", 0))}
+            log_at(trainer, checkpoint)
 
     def on_before_optimizer_step(self, *args: Any) -> None:
         self.stepped = True
@@ -367,7 +379,7 @@ class Job:
         trainer = getattr(self.cli, "trainer", None)
         if trainer is not None:
             metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-            facts |= {"step": trainer.global_step, "epoch": trainer.current_epoch}
+            facts |= {"step": trainer.global_step, "epoch": trainer.current_epoch, **self.stamp.place}
             for callback in trainer.callbacks:
                 if hasattr(callback, "facts"):
                     facts |= callback.facts()
