@@ -5,8 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from zoo import registry
 from zoo.options import Options
@@ -40,37 +39,109 @@ class Option:
 
 
 def options_of(entry: registry.Entry) -> tuple[str, list[Option]]:
-    """Return the first paragraph of a class's docstring and its options, from the source file alone."""
+    """Return the first paragraph of a class's docstring and its options, from source files alone.
+
+    Options of its bases are among them where the class has no constructor, or one that passes keywords on.
+    """
     module_name, _, class_name = entry.value.partition(":")
-    path = registry.source_path(module_name)
-    node = _class_node(path, class_name) if path else None
-    if node is None:
-        return "", []
-    doc = ast.get_docstring(node) or ""
-    texts = argument_texts(doc)
+    return description_of(entry), list(_options(module_name, class_name).values())
+
+
+def description_of(entry: registry.Entry) -> str:
+    """Return the first paragraph of a class's docstring, from its source file alone."""
+    module_name, _, class_name = entry.value.partition(":")
+    source = Source.of(module_name)
+    node = source.class_node(class_name) if source else None
+    return (ast.get_docstring(node) or "").split("\n\n")[0] if node else ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed module that was not imported.
+
+    Attributes:
+        name: Dotted name of the module.
+        package: What its relative imports start from.
+        tree: Its syntax tree.
+    """
+
+    name: str
+    package: str
+    tree: ast.Module
+
+    @classmethod
+    def of(cls, name: str) -> Source | None:
+        """Read a module; None where there is no source that can be read."""
+        path = registry.source_path(name)
+        if path is None:
+            return None
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (OSError, SyntaxError, ValueError):
+            return None
+        return cls(name, name if path.name == "__init__.py" else name.rpartition(".")[0], tree)
+
+    def class_node(self, name: str) -> ast.ClassDef | None:
+        """The class of that name which the module defines itself."""
+        return next((n for n in self.tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
+
+    def origin(self, expression: ast.expr) -> tuple[str, str] | None:
+        """Module and name behind a base class such as `Base`, `pl.Callback` or `Base[int]`; None if it is not clear."""
+        if isinstance(expression, ast.Subscript):
+            return self.origin(expression.value)
+        head, *rest = ast.unparse(expression).split(".")
+        if not rest and self.class_node(head) is not None:
+            return self.name, head
+        for node in self.tree.body:
+            if isinstance(node, ast.ImportFrom):
+                up = self.package.split(".")[: 1 - node.level or None] if node.level else []
+                module = ".".join([*up, *([node.module] if node.module else [])])
+                for alias in node.names:
+                    if (alias.asname or alias.name) == head:
+                        *inner, last = [alias.name, *rest]
+                        return ".".join([module, *inner]), last
+            elif isinstance(node, ast.Import) and rest:
+                for alias in node.names:
+                    if head == (alias.asname or alias.name.split(".")[0]):
+                        *inner, last = rest
+                        return ".".join([alias.name if alias.asname else head, *inner]), last
+        return None
+
+
+def _options(module_name: str, class_name: str, depth: int = 12) -> dict[str, Option]:
+    """Options of a class by name; `depth` bounds how many bases and imports are followed."""
+    source = Source.of(module_name) if depth else None
+    if source is None:
+        return {}
+    node = source.class_node(class_name)
+    if node is None:  # a package that passes on what another module defines
+        origin = source.origin(ast.Name(class_name))
+        return _options(*origin, depth - 1) if origin else {}
+    texts = argument_texts(ast.get_docstring(node) or "")
     init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
-    if init is None:
-        return doc.split("\n\n")[0], []
-    arguments = [a for a in (*init.args.args, *init.args.kwonlyargs) if a.arg != "self"]
-    defaults: list[ast.expr | None] = [*init.args.defaults, *init.args.kw_defaults]
-    defaults = [*[None] * (len(arguments) - len(defaults)), *defaults]
-    return doc.split("\n\n")[0], [
-        Option(
+    out = _own_options(init, texts) if init else {}
+    if init is None or init.args.kwarg is not None:
+        for base in node.bases:
+            origin = source.origin(base)
+            inherited = _options(*origin, depth - 1) if origin else {}
+            for name, option in inherited.items():
+                out.setdefault(name, replace(option, text=texts.get(name, option.text)))
+    return out
+
+
+def _own_options(init: ast.FunctionDef, texts: dict[str, str]) -> dict[str, Option]:
+    positional = [a for a in (*init.args.posonlyargs, *init.args.args) if a.arg != "self"]
+    missing: list[ast.expr | None] = [None] * (len(positional) - len(init.args.defaults))
+    defaults = [*missing, *init.args.defaults, *init.args.kw_defaults]
+    return {
+        a.arg: Option(
             a.arg,
             ast.unparse(a.annotation) if a.annotation else "",
             ast.unparse(d) if d is not None else "",
             texts.get(a.arg, ""),
         )
-        for a, d in zip(arguments, defaults, strict=True)
-    ]
-
-
-def _class_node(path: Path, class_name: str) -> ast.ClassDef | None:
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, ValueError):
-        return None
-    return next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name), None)
+        for a, d in zip([*positional, *init.args.kwonlyargs], defaults, strict=True)
+    }
 
 
 def argument_texts(doc: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from zoo import registry
+from zoo.cli import CHECKPOINT_CALLBACK, DEFAULT_LOGGERS
 from zoo.config import shipped_configs
 from zoo.explain import option_table, options_of
 
@@ -34,8 +35,11 @@ def main(argv: list[str]) -> int:
     if configs:
         print("\nconfigs  " + "\n         ".join(configs))
     print_claims(entry.name)
-    print(f"\noptions (--{'model' if entry.group == 'methods' else 'data'}.NAME VALUE):")
-    print(option_table(options), end="")
+    if options:
+        print(f"\noptions ({given_as(entry)}):")
+        print(option_table(options), end="")
+    else:
+        print("\nno options")
     return 0
 
 
@@ -45,6 +49,20 @@ def lookup(name: str) -> registry.Entry:
         if any(e.name == name.rpartition(":")[2] for e in registry.entries(group)):
             return registry.find(group, name)
     return registry.find("methods", name)
+
+
+def given_as(entry: registry.Entry) -> str:
+    """How an option of a registered class is written on the command line or in a config."""
+    if entry.builtin and entry.name == CHECKPOINT_CALLBACK:
+        return "--checkpoint.NAME VALUE"
+    item = f"{{class_path: {entry.name}, init_args: {{NAME: VALUE}}}}"
+    return {
+        "methods": "--model.NAME VALUE",
+        "datamodules": "--data.NAME VALUE",
+        "callbacks": f"--trainer.callbacks+='{item}'",
+        # the list of a config replaces that of the defaults
+        "loggers": f"--trainer.logger='[{', '.join([*(n for n in DEFAULT_LOGGERS if n != entry.name), item])}]'",
+    }[entry.group]
 
 
 def print_claims(name: str) -> None:

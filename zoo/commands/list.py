@@ -11,7 +11,7 @@ from collections import Counter
 
 from zoo import registry
 from zoo.config import shipped_configs
-from zoo.explain import options_of
+from zoo.explain import description_of
 
 
 def main(argv: list[str]) -> int:
@@ -27,6 +27,11 @@ def main(argv: list[str]) -> int:
     if args.json:
         print(json.dumps({"entries": rows, "configs": configs}, indent=1))
         return 0
+    folders: dict[str, list[str]] = {}
+    for name in configs:
+        folder, _, rest = name.rpartition("/")
+        folders.setdefault(folder, []).append(rest)
+    width = max(map(len, [*(r["name"] for r in rows), *(f"{folder}/" for folder in folders)]), default=0) + 1
     for group in registry.GROUPS:
         members = [r for r in rows if r["group"] == group]
         if members:
@@ -34,17 +39,12 @@ def main(argv: list[str]) -> int:
         for r in members:
             source = "" if r["dist"] == registry.OWN_DISTRIBUTION else f"  [{r['dist']} {r['version']}]"
             problem = f"  NOT USABLE: {r['problem']}" if r["problem"] else ""
-            print(f"  {r['name']:<24} {r['summary']}{source}{problem}".rstrip())
-    folders: dict[str, list[str]] = {}
-    for name in configs:
-        folder, _, rest = name.rpartition("/")
-        folders.setdefault(folder, []).append(rest)
+            print(f"  {r['name']:<{width}} {r['summary']}{source}{problem}".rstrip())
     if folders:
         print("configs (--config NAME/CONFIG):")
     for folder, names in folders.items():
-        print(
-            textwrap.fill(f"{folder + '/':<24} {' '.join(names)}", 120, initial_indent="  ", subsequent_indent=" " * 27)
-        )
+        line = f"{folder + '/':<{width}} {' '.join(names)}"
+        print(textwrap.fill(line, 120, initial_indent="  ", subsequent_indent=" " * (width + 3)))
     return 0
 
 
@@ -78,7 +78,7 @@ def row(entry: registry.Entry) -> dict[str, str]:
         summary += f" (arXiv {card['arxiv']})"
     if not summary and not problem:
         # the first sentence of the docstring
-        summary = re.split(r"[.;](?:\s|$)", options_of(entry)[0].replace("\n", " "), maxsplit=1)[0]
+        summary = re.split(r"[.;](?:\s|$)", description_of(entry).replace("\n", " "), maxsplit=1)[0]
     return {
         "group": entry.group, "name": entry.name, "summary": summary, "class": entry.class_path,
         "dist": entry.dist, "version": entry.version, "problem": problem,
