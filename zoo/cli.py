@@ -58,6 +58,7 @@ def run_command(options: Options) -> runs.RunResult:
     if options.show == "config":
         print(yaml.safe_dump(replayable(layers.merged), sort_keys=False), end="")
         return runs.RunResult(Path())
+    check_accelerator(layers)
     return Job(options, layers, classes, checkpoint).run()
 
 
@@ -221,6 +222,28 @@ def resolve_classes(layers: Layers) -> dict[str, type]:
             f"{layers.place('seed_everything')}: seed_everything: expected a whole number >= 0, got {seed!r}"
         )
     return classes
+
+
+def check_accelerator(layers: Layers) -> None:
+    """See that this machine has the accelerator that the config asks for, before anything is started or fetched.
+
+    Raises:
+        UsageError: If it has not.
+    """
+    from lightning.pytorch.accelerators import AcceleratorRegistry
+
+    wanted = layers.merged["trainer"].get("accelerator", "auto")
+    known = {name: AcceleratorRegistry[name]["accelerator"] for name in AcceleratorRegistry.available_accelerators()}
+    if wanted not in (*known, "gpu"):  # `auto`, an object, or a word that Lightning explains
+        return
+    here = sorted(name for name, accelerator in known.items() if accelerator.is_available())
+    if wanted in here or (wanted == "gpu" and {"cuda", "mps"} & set(here)):
+        return
+    place = layers.place("trainer.accelerator")
+    raise UsageError(
+        f"{place}: trainer.accelerator: {wanted} is not available here; accepted: {', '.join(here)} "
+        f"(add --trainer.accelerator {here[0]})"
+    )
 
 
 def links(model_class: object) -> dict[str, str]:
