@@ -30,6 +30,7 @@ from zoo.cli import display_name, links, replayable
 from zoo.collector import paused_collector
 from zoo.config import Layers
 from zoo.errors import RunError, UsageError
+from zoo.evaluation import untrained_note
 from zoo.options import Options
 from zoo.output import unstoppable_output
 
@@ -354,6 +355,11 @@ class Job:
             print(f"{self.method}: {total:,} parameters, {trained:,} trained", file=sys.stderr)
         if self.checkpoint:
             print(f"starting from: {os.path.relpath(self.checkpoint)}", file=sys.stderr)
+        elif self.cli is not None and self.options.command != "fit":
+            options = self.config["model"].get("init_args", {})
+            note = untrained_note(self.options.command, self.cli.model, options)
+            if note:
+                print(note, file=sys.stderr)
 
     def _say_stopped(self, directory: runs.RunDirectory) -> None:
         """Say what a Ctrl-C that left no time for a checkpoint has left."""
