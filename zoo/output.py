@@ -23,6 +23,13 @@ def table_console() -> Console:
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=_COLUMNS)
 
 
+def short(value: float) -> str:
+    """A number for people: counts whole, others with four significant digits."""
+    if 1000 <= abs(value) < 1e12:
+        return f"{value:.0f}"
+    return f"{value:.4g}"
+
+
 class UnstoppableStream:
     """A text stream whose failures do not matter: a log file on a full disk must not end a training.
 
