@@ -1,12 +1,13 @@
-"""What `validate`, `test` and `predict` tell people: a note where nothing was trained."""
+"""What `validate`, `test` and `predict` tell people: a note where nothing was trained, and one table of results."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from zoo.checks import annotation_text, parameters
+from zoo.output import short, table_console
 
 #: What a command does, for a sentence.
 DOING = {"validate": "validating", "test": "testing", "predict": "predicting with"}
@@ -37,3 +38,24 @@ def untrained_note(command: str, model: Any, options: Mapping[str, Any]) -> str:
         return ""
     note = f"note: no checkpoint given: {DOING[command]} the weights a new network starts with"
     return f"{note}; init_from is what a fit starts from" if options.get("init_from") else note
+
+
+def print_results(title: str, results: Iterable[Mapping[str, float]]) -> None:
+    """Print the metrics of all loaders as one table on standard output; nothing where there are none.
+
+    Args:
+        title: Name of the command.
+        results: Metrics of each loader, as `Trainer.test` returns them.
+    """
+    metrics = {name: value for loader in results for name, value in loader.items()}
+    if not metrics:
+        return
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title, "", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.columns[0].overflow = "fold"
+    table.columns[1].justify = "right"
+    for name in sorted(metrics):
+        table.add_row(name, short(float(metrics[name])))
+    table_console().print(table, markup=False)

@@ -30,9 +30,9 @@ from zoo.cli import display_name, links, replayable
 from zoo.collector import paused_collector
 from zoo.config import Layers
 from zoo.errors import RunError, UsageError
-from zoo.evaluation import untrained_note
+from zoo.evaluation import print_results, untrained_note
 from zoo.options import Options
-from zoo.output import unstoppable_output
+from zoo.output import short, unstoppable_output
 
 #: Strategies of Lightning that write a checkpoint in shards, by themselves; `zoo.nn.fsdp2` assembles one file.
 SHARDED = ("'fsdp", "deepspeed", "DeepSpeed", "ModelParallel", "FSDPStrategy")
@@ -306,7 +306,12 @@ class Job:
         if self.checkpoint is not None:
             kwargs["ckpt_path"] = str(self.checkpoint)
         self.cli.trainer.callbacks.insert(0, SameStart())  # type: ignore[attr-defined]
-        getattr(self.cli.trainer, self.options.command)(**kwargs)
+        results = self.options.command in ("validate", "test")
+        if results:
+            kwargs["verbose"] = False  # Lightning's table has a column for each loader and cuts names
+        outcome = getattr(self.cli.trainer, self.options.command)(**kwargs)
+        if results and self.cli.trainer.is_global_zero:
+            print_results(self.options.command, outcome or ())
 
     def _explain(self, error: Exception, directory: runs.RunDirectory) -> None:
         """Turn what the user can mend into a sentence; raise everything else as it is."""
@@ -391,7 +396,7 @@ class Job:
                     facts |= callback.facts()
         if status == "finished":
             shown = sorted((k for k in metrics if k.startswith(RESULTS[self.options.command])), key=len)[:4]
-            text = "  ".join(f"{key} {metrics[key]:.4g}" for key in sorted(shown))
+            text = "  ".join(f"{key} {short(metrics[key])}" for key in sorted(shown))
             print(f"{self.options.command} finished after {seconds:.0f} s  {text}", file=sys.stderr)
         try:
             directory.add_summary(self.options.command, status, metrics, facts)

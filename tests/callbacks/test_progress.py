@@ -125,3 +125,8 @@ def test_validations_stay_above_the_bar_at_a_terminal() -> None:
     kept = [line.strip() for line in lines if line.startswith("step ")]
     assert [re.match(r"step \d+/10", line)[0] for line in kept] == ["step 5/10", "step 10/10"]  # type: ignore[index]
     assert all("val/acc" in line for line in kept)
+
+
+def test_the_table_of_a_test_comes_after_the_last_bar() -> None:
+    seen = at_a_terminal("test", "--config", TOY)
+    assert seen.rindex("Testing") < seen.index("test/acc")
