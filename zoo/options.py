@@ -72,5 +72,5 @@ def parse_options(command: str, argv: Sequence[str]) -> Options:
         else:
             options.overrides.append((key, text))
     if options.wandb is not None and options.wandb not in WANDB_MODES:
-        raise UsageError(f"--wandb {options.wandb!r}", did_you_mean(options.wandb, WANDB_MODES))
+        raise UsageError(f"--wandb {options.wandb!r} is not a mode", did_you_mean(options.wandb, WANDB_MODES))
     return options
