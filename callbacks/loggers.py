@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
@@ -159,10 +160,30 @@ def look_for_launch_inputs_where_there_are_any(run: Any) -> None:
     run._detect_and_apply_job_inputs = apply_staged
 
 
+def run_facts(run_dir: Path) -> dict[str, Any]:
+    """Return what a W&B run should be found by beside the method's options: config, seed, options of data and trainer.
+
+    Read from the run's `config.yaml`; lists of callbacks and loggers are left out. Empty if there is no such file.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        return {}
+    config = yaml.safe_load(path.read_text("utf-8")) or {}
+    facts: dict[str, Any] = {"seed": config.get("seed_everything")}
+    if "data" in config:
+        data = config["data"]
+        facts["data"] = {"name": str(data.get("class_path", "")).rpartition(".")[2], **(data.get("init_args") or {})}
+    trainer = config.get("trainer") or {}
+    facts["trainer"] = {key: value for key, value in trainer.items() if key not in ("callbacks", "logger")}
+    identity = read_json(run_dir / "run.json")
+    return facts | {key: identity[key] for key in ("method", "config") if key in identity}
+
+
 class RunWandbLogger(WandbLogger):
     """W&B in the directory of the run, offline unless `--wandb online` or `WANDB_MODE` says otherwise.
 
-    The id is that of the run, so that a resume continues the same W&B run. Nothing is asked, and neither a missing
+    The id is that of the run, so that a resume continues the same W&B run. Its config has the options of the method, the
+    name of the config, the seed, and the options of data and trainer (`run_facts`). Nothing is asked; neither a missing
     account nor an unreachable network stops the training: the data stay in `wandb/` for `wandb sync`.
 
     Args:
@@ -240,6 +261,7 @@ class RunWandbLogger(WandbLogger):
             console="off", silent=True, init_timeout=30, disable_git=True, x_disable_stats=self._mode == "disabled"
         )
         self._wandb_init["settings"] = settings
+        self._wandb_init["config"] = run_facts(self._run_dir)
         if self._mode != "online":
             return
         if not wandb.api.api_key:

@@ -44,7 +44,7 @@ def print_results(title: str, results: Iterable[Mapping[str, float]]) -> None:
     """Print the metrics of all loaders as one table on standard output; nothing where there are none.
 
     Args:
-        title: Name of the command.
+        title: What the table begins with.
         results: Metrics of each loader, as `Trainer.test` returns them.
     """
     metrics = {name: value for loader in results for name, value in loader.items()}

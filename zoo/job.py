@@ -1,4 +1,7 @@
-"""One run from its checked config to its summary: directory, LightningCLI, trainer, outcome."""
+"""One run from its checked config to its summary: directory, LightningCLI, trainer, outcome.
+
+Longer than other files: all ways in which a run can end (finished, stopped, interrupted, failed) share its state.
+"""
 
 from __future__ import annotations
 
@@ -311,7 +314,11 @@ class Job:
             kwargs["verbose"] = False  # Lightning's table has a column for each loader and cuts names
         outcome = getattr(self.cli.trainer, self.options.command)(**kwargs)
         if results and self.cli.trainer.is_global_zero:
-            print_results(self.options.command, outcome or ())
+            from callbacks.boundaries import shown_step
+
+            step = shown_step(self.cli.trainer)
+            title = self.options.command if self.checkpoint is None else f"{self.options.command}, step {step}"
+            print_results(title, outcome or ())
 
     def _explain(self, error: Exception, directory: runs.RunDirectory) -> None:
         """Turn what the user can mend into a sentence; raise everything else as it is."""

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from callbacks import loggers
-from callbacks.loggers import _STAGED, RunCSVLogger, look_for_launch_inputs_where_there_are_any
+from callbacks.loggers import _STAGED, RunCSVLogger, look_for_launch_inputs_where_there_are_any, run_facts
 from callbacks.resume_checkpoint import ResumeCheckpoint
 from tests.callbacks.toy import fit
 
@@ -116,3 +117,33 @@ def test_a_run_starts_without_wandb_launch(tmp_path: Path) -> None:
     env = {**os.environ, "ZOO_RUN_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], env=env, check=True, cwd=tmp_path)
     assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_a_wandb_run_can_be_found_by_data_and_seed(tmp_path: Path) -> None:
+    config = {
+        "seed_everything": 3,
+        "model": {"class_path": "a.Method", "init_args": {"lr": 0.1}},
+        "data": {"class_path": "some.module.Images", "init_args": {"labels_per_class": 10}},
+        "trainer": {"max_steps": 5, "callbacks": [{"class_path": "b.Callback"}], "logger": []},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    (tmp_path / "run.json").write_text('{"id": "x", "method": "suave", "config": "fashion_mnist"}', encoding="utf-8")
+    assert run_facts(tmp_path) == {
+        "seed": 3,
+        "data": {"name": "Images", "labels_per_class": 10},
+        "trainer": {"max_steps": 5},
+        "method": "suave",
+        "config": "fashion_mnist",
+    }
+    code = (
+        "from callbacks.loggers import RunWandbLogger;"
+        "logger = RunWandbLogger(mode='offline'); config = logger.experiment.config;"
+        "assert config['data'] == {'name': 'Images', 'labels_per_class': 10}, config; assert config['seed'] == 3;"
+        "logger.log_hyperparams({'lr': 0.1}); assert config['lr'] == 0.1 and config['seed'] == 3; logger.close(0)"
+    )
+    env = {**os.environ, "ZOO_RUN_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, cwd=tmp_path)
+
+
+def test_a_directory_without_config_has_no_facts(tmp_path: Path) -> None:
+    assert run_facts(tmp_path) == {}
