@@ -182,9 +182,9 @@ def run_facts(run_dir: Path) -> dict[str, Any]:
 class RunWandbLogger(WandbLogger):
     """W&B in the directory of the run, offline unless `--wandb online` or `WANDB_MODE` says otherwise.
 
-    The id is that of the run, so that a resume continues the same W&B run. Its config has the options of the method, data
-    and trainer, the name of the config, and the seed (`run_facts`). Nothing is asked, and neither a missing
-    account nor an unreachable network stops the training: the data stay in `wandb/` for `wandb sync`.
+    The id is that of the run, so that a resume continues the same W&B run. Its config has the options of method, data
+    and trainer, the name of the config, and the seed (`run_facts`). Nothing is asked, and neither a missing account nor
+    an unreachable network stops the training: the data stay in `wandb/` for `wandb sync`.
 
     Args:
         project: W&B project.
