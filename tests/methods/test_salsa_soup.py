@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from zoo.commands.soup import main, same_kind
 from zoo.errors import UsageError
 from zoo.methods.salsa.networks import add_adapters, lm_state, load_lm, merge_adapters
 from zoo.methods.salsa.soup import (
@@ -171,8 +172,6 @@ def saved(folder: Path, seed: int) -> Any:
 
 
 def test_the_command_averages_model_folders(tmp_path: Path) -> None:
-    from zoo.commands.soup import main
-
     one, two = saved(tmp_path / "a", 1), saved(tmp_path / "b", 2)
     out = tmp_path / "soup"
     assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--alpha", "0.25", "--out", str(out)]) == 0
@@ -189,8 +188,6 @@ def test_the_command_averages_model_folders(tmp_path: Path) -> None:
 
 
 def test_the_command_averages_adapter_folders(tmp_path: Path) -> None:
-    from zoo.commands.soup import main
-
     for name, seed in (("a", 1), ("b", 2)):
         model = adapted(seed, 2)
         state = {
@@ -202,3 +199,17 @@ def test_the_command_averages_adapter_folders(tmp_path: Path) -> None:
         (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
     assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "soup")]) == 0
     assert json.loads((tmp_path / "soup" / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_a_reward_model_is_no_member_beside_language_models(tmp_path: Path) -> None:
+    paths = []
+    for number, method in enumerate(("sft", "reward_model", "sft")):
+        paths.append(tmp_path / f"{number}.ckpt")
+        torch.save({"hyper_parameters": {}, "state_dict": {}, "zoo": {"method": method}}, paths[-1])
+    with pytest.raises(ValueError, match=r"1\.ckpt is a reward model and .*0\.ckpt is not \(sft\)"):
+        same_kind(paths)
+    same_kind([paths[0], paths[2]])
+    same_kind([paths[1]])
+    with pytest.raises(UsageError, match="is a reward model"):
+        main([*map(str, paths[:2]), "--out", str(tmp_path / "soup")])
+    assert not (tmp_path / "soup").exists()

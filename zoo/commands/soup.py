@@ -68,6 +68,7 @@ def make(members: Sequence[Path], weights: Sequence[float], out: Path) -> None:
     from zoo.methods.salsa.networks import lm_state, load_lm
     from zoo.methods.salsa.soup import Member, file_member, memory_member, write_soup
 
+    same_kind([member for member in members if member.suffix == ".ckpt"])
     opened: list[Member] = []
     for number, member in enumerate(members):
         if member.suffix == ".ckpt":
@@ -82,6 +83,24 @@ def make(members: Sequence[Path], weights: Sequence[float], out: Path) -> None:
         for file in members[0].iterdir():
             if file.is_file() and not file.name.endswith(SKIPPED):
                 shutil.copy(file, out / file.name)
+
+
+def same_kind(checkpoints: Sequence[Path]) -> None:
+    """Require that either all checkpoints are of reward models or none is.
+
+    Raises:
+        ValueError: If not, naming one of each; or if one cannot be read.
+    """
+    from zoo.methods.salsa.networks import read_checkpoint
+
+    kinds = {path: read_checkpoint(path.expanduser()).get("zoo", {}).get("method", "") for path in checkpoints}
+    rewards = [path for path, kind in kinds.items() if kind == "reward_model"]
+    others = [path for path in checkpoints if path not in rewards]
+    if rewards and others:
+        raise ValueError(
+            f"{rewards[0]} is a reward model and {others[0]} is not ({kinds[others[0]] or 'unknown method'}): "
+            "a soup is made of models of one kind"
+        )
 
 
 def adapters(members: Sequence[Path], weights: Sequence[float], out: Path) -> None:
