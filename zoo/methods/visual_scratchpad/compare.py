@@ -147,6 +147,8 @@ def difficulty_figure(measured: Measured) -> Figure:
 
 
 def _draw_task(left: Any, right: Any, measured: Measured) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for number, (name, seeds) in enumerate(measured.items()):
         colour = f"C{number}"
         known = [one["by_difficulty"] for one in seeds.values()]
@@ -164,6 +166,7 @@ def _draw_task(left: Any, right: Any, measured: Measured) -> None:
                     right.plot(*zip(*points, strict=True), color=colour, linestyle=style, marker=".")
     low, high = next(iter(next(iter(measured.values())).values()))["trained_on"]
     left.axvspan(low - 0.5, high + 0.5, color="grey", alpha=0.15, label="trained on")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set(xlabel="difficulty", ylabel="accuracy", title="median of the seeds, least and largest")
     right.set(xlabel="samples seen", ylabel="accuracy", xlim=(0, None), title="each seed; dashed: out of distribution")
     for axis in (left, right):
