@@ -254,8 +254,6 @@ class Job:
             # Lightning turns a keyboard interrupt into an exit
             status, code = "stopped", 130 if stop.code in (1, None) else int(stop.code or 0)
             if isinstance(stop.__context__, KeyboardInterrupt):
-                if threading.current_thread() is threading.main_thread():
-                    signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves it ignored
                 self._say_stopped(directory)
         except UsageError as error:
             refused = not isinstance(error, RunError)
@@ -267,6 +265,8 @@ class Job:
                 refused = not isinstance(explained, RunError)
                 raise
         finally:
+            if on_interrupt is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, on_interrupt)  # Lightning may leave it ignored
             seconds = time.perf_counter() - started
             if rank_zero:
                 idle = not self.stamp.stepped and (refused or status == "stopped")

@@ -78,14 +78,14 @@ def test_with_other_loops(options: dict[str, Any], hook: str, call: int, tmp_pat
 
 def test_every_checkpoint_of_a_run_continues_it(tmp_path: Path, uninterrupted: Any) -> None:
     (tmp_path / "whole").mkdir()
-    fit(tmp_path / "whole", [resume_callback(keep=100)])
+    assert exit_code(fit, tmp_path / "whole", [resume_callback(keep=100)]) == 0
     files = sorted((tmp_path / "whole" / "checkpoints").iterdir())
     assert len(files) == 15
     for file in files:
         folder = tmp_path / file.stem
         folder.mkdir()
         shutil.copy(tmp_path / "whole" / "log.jsonl", folder / "log.jsonl")
-        fit(folder, [resume_callback(every_n_steps=0, every_n_epochs=0)], file)
+        assert exit_code(fit, folder, [resume_callback(every_n_steps=0, every_n_epochs=0)], file) == 0
         if file.name != "step=15.ckpt":
             assert differences(uninterrupted(), final(folder)) == [], file.name
 
