@@ -99,7 +99,10 @@ class ResumeCheckpoint(Callback):
         if isinstance(exception, KeyboardInterrupt):
             return  # it can come in the middle of anything, and whoever presses Ctrl-C twice does not want to wait
         if alone and self._clean and self._saved != trainer.global_step and exception is not self._failure:
-            self.save(trainer, "step")
+            try:
+                self.save(trainer, "step")
+            except Exception as error:  # other callbacks have to hear of the exception, and it is the one to be told
+                warnings.warn(f"no checkpoint at the end of the run: {error}", RuntimeWarning, stacklevel=2)
 
     def _due(self, step: int) -> bool:
         return self.every_n_steps > 0 and step // self.every_n_steps > self._tried // self.every_n_steps
@@ -129,6 +132,9 @@ class ResumeCheckpoint(Callback):
             trainer.strategy.save_checkpoint(checkpoint, str(path))
         except OSError as error:
             self._failure = error
+        except Exception as error:
+            self._failure = error
+            raise
         finally:
             self._kind = None
         trainer.strategy.barrier("resume_checkpoint")

@@ -22,14 +22,6 @@ pytest_plugins = ["pytester"]
 REPOSITORY = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def own_interrupts() -> Iterator[None]:
-    """Give each test the usual handler of Ctrl-C: a training that ended oddly may have left its own."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 @pytest.fixture
 def repository() -> Path:
     """Root of the checkout."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
 from callbacks.preemption import EXIT_CODE, Preemption
@@ -103,10 +104,12 @@ def test_loader_workers_outlive_ctrl_c(tmp_path: Path) -> None:
     assert exit_code(fit, tmp_path, [resume_callback(), Preemption(), workers], num_workers=2) == 0
 
 
-def test_handlers_are_put_back(tmp_path: Path) -> None:
-    def handlers() -> list[Any]:
-        return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+def handlers() -> list[Any]:
+    """The present handlers of the signals that a training takes."""
+    return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
 
+
+def test_handlers_are_put_back(tmp_path: Path) -> None:
     before = handlers()
     fit(tmp_path, [resume_callback(), Preemption()], max_epochs=1)
     assert handlers() == before
@@ -118,6 +121,32 @@ def test_handlers_are_put_back(tmp_path: Path) -> None:
         assert handlers() == before
     with pytest.raises(SystemExit):
         fit(tmp_path, [resume_callback(), Preemption(), At("on_train_batch_start", 1, signal.SIGINT)])
+    assert handlers() == before
+
+
+class Unsaveable(Callback):
+    """Makes every checkpoint fail."""
+
+    def on_save_checkpoint(self, *args: Any) -> None:
+        raise ValueError("cannot be saved")
+
+
+class Broken(Callback):
+    """Fails between two steps, where a checkpoint could be written."""
+
+    def on_step_boundary(self, *args: Any) -> None:
+        raise RuntimeError("broken")
+
+
+def test_handlers_are_put_back_where_no_checkpoint_can_be_made(tmp_path: Path) -> None:
+    before = handlers()
+    with pytest.raises(ValueError, match="cannot be saved"):
+        fit(tmp_path, [resume_callback(), Preemption(), Unsaveable()])
+    assert handlers() == before
+    rare = resume_callback(every_n_steps=0, every_n_epochs=0)
+    warned = pytest.warns(RuntimeWarning, match="no checkpoint at the end of the run: cannot be saved")
+    with warned, pytest.raises(RuntimeError, match="broken"):
+        fit(tmp_path, [rare, Preemption(), Unsaveable(), Broken()])
     assert handlers() == before
 
 

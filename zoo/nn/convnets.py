@@ -24,7 +24,7 @@ class SmallConv(nn.Sequential):
         channels: Output channels of each block.
 
     Raises:
-        ValueError: If a number of channels is none.
+        ValueError: If `channels` is empty or holds anything but whole numbers above 0.
     """
 
     def __init__(self, in_channels: int = 3, channels: Sequence[int] = (32, 64, 128)) -> None:

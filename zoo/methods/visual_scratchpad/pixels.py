@@ -106,7 +106,7 @@ class PixelScratchpadViT(nn.Module):
         self.frame_head = PixelHead(stem_width, width) if draws else None
         self.halt_head = nn.Linear(width, 1) if halts else None
         self.label_head = nn.Linear(width, 1)
-        self.to(memory_format=torch.channels_last)  # kernels; convolutions with few channels are 1.5 times as fast so
+        self.to(memory_format=torch.channels_last)  # kernels: what suits few channels on a CPU
 
     def forward(self, image: Tensor) -> Prediction:
         """Read one frame `[B, 3, H, W]`; nothing says which frame of the sketch it is."""
