@@ -51,7 +51,7 @@ class ResumeCheckpoint(Callback):
         self._kind: str | None = None  # what the state that is being saved is
         self._clean = False  # whether the run stands between two batches of an epoch
         self._tried, self._saved = 0, 0  # steps of the last attempt and of the last file
-        self._failure: OSError | None = None
+        self._failure: Exception | None = None  # what the last save ended with
         self._before_validation: dict[str, Any] | None = None
         self._resume: dict[str, Any] | None = None
 
@@ -127,21 +127,22 @@ class ResumeCheckpoint(Callback):
         path = self.directory(trainer) / f"step={trainer.global_step}.ckpt"
         connector: Any = trainer._checkpoint_connector
         self._kind, self._failure, self._tried = kind, None, trainer.global_step
+        not_written: OSError | None = None
         try:
             checkpoint = connector.dump_checkpoint(weights_only=False)
             trainer.strategy.save_checkpoint(checkpoint, str(path))
         except OSError as error:
-            self._failure = error
+            self._failure = not_written = error
         except Exception as error:
             self._failure = error
             raise
         finally:
             self._kind = None
         trainer.strategy.barrier("resume_checkpoint")
-        if self._failure is not None:
-            message = f"the checkpoint {path} could not be written ({self._failure}); the last one is {self.last_path}"
+        if not_written is not None:
+            message = f"the checkpoint {path} could not be written ({not_written}); the last one is {self.last_path}"
             if final:
-                self._failure = OSError(self._failure.errno, message)
+                self._failure = OSError(not_written.errno, message)
                 raise self._failure
             warnings.warn(f"{message}; the training goes on and will try again", RuntimeWarning, stacklevel=2)
             return None
