@@ -225,3 +225,18 @@ def test_moefy_names_mistakes(
     assert main(argv) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_moefy_says_before_it_asks_the_hub(
+    tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a network that question takes a minute: who misspelt a run should know what is waited for."""
+
+    def ask(*_: object, **__: object) -> None:
+        assert "no file, run or model at runs/nowhere" in capsys.readouterr().out
+        raise OSError("offline")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", ask)
+    argv = ["moefy", "runs/nowhere", str(tmp_path / "out"), "--corpus", str(texts), "--tokenizer", "bytes"]
+    assert main(argv) == 2
+    assert "the model 'runs/nowhere' cannot be loaded: offline" in capsys.readouterr().err

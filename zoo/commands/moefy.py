@@ -66,6 +66,8 @@ def moefy(args: argparse.Namespace) -> int:
     from zoo.methods.dynamoe.routes import ByRouter
 
     checkpoint = find_checkpoint(args.source)
+    if checkpoint is None and not args.source.startswith((".", "/", "~")) and not Path(args.source).exists():
+        print(f"no file, run or model at {args.source}: looking for a model of that name on the hub", flush=True)
     method, config = (train(args), None) if checkpoint is None else read(checkpoint)
     model = method.lm.eval()
     hp = {name: method.hparams[name] for name in ("head", "router_units", "similarity", "theta", "tau")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -32,6 +33,7 @@ def pareto_figure(points: Mapping[str, Mapping[str, float]]) -> Figure:
         points: Metrics of each way to the first token: `cost`, `ttft_ms`, and `acc` for short answers or `nll_1`.
     """
     metric, more = quality_of(points)
+    colours = {name: f"C{number}" for number, name in enumerate((*LABELS, *PRUNING))}
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, by_time in zip(axes, (False, True), strict=True):
@@ -43,13 +45,15 @@ def pareto_figure(points: Mapping[str, Mapping[str, float]]) -> Figure:
         for name in filter(points.__contains__, LABELS):
             star = name in _STARS
             x, y = place(name)
-            axis.scatter(
-                x, y, s=180 if star else 45, marker="*" if star else "o", label=LABELS[name], zorder=4 if star else 3
+            look: dict[str, Any] = (
+                {"s": 180, "marker": "*", "zorder": 4} if star else {"s": 45, "marker": "o", "zorder": 3}
             )
+            axis.scatter(x, y, color=colours[name], label=LABELS[name], **look)
         for method in PRUNING:
             own = sorted(place(name) for name in points if name == method or name.startswith(f"{method}_"))
             if own:
-                axis.plot(*zip(*own, strict=True), marker=".", linewidth=1, label=method.replace("_", " "))
+                label = method.replace("_", " ")
+                axis.plot(*zip(*own, strict=True), marker=".", linewidth=1, color=colours[method], label=label)
         axis.set_xlabel("time to first token / base's" if by_time else "operations to first token / base's")
         axis.set_xlim(left=-0.03)
         axis.grid(alpha=0.3)
