@@ -91,7 +91,7 @@ def measure(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if (seen := sum(count for _, count in evaluation.by_difficulty().values())) != expected:
         raise UsageError(f"{run_dir}: the test ended after {seen} of {expected} problems", "run the command again")
     facts = {
-        "task": "traced cycles" if "advance" in data else data.get("task", "rect_maze"),
+        "task": ("traced " if "advance" in data else "") + data.get("task", "rect_maze"),
         "by_difficulty": levels,
         "curve": evaluation.curve,
         "trained_on": data["train_difficulty"],
