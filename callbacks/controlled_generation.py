@@ -248,10 +248,9 @@ class ControlledGeneration(Callback):
             return
         figure = Figure(figsize=(1.5 + 0.7 * len(shown), 3.2), layout="constrained")
         axes = figure.subplots()
-        bars = axes.bar(shown, [values[f"unwanted_rate_{group}"] for group in shown])
-        axes.bar_label(bars, fmt="{:.2g}", fontsize=8)  # a bar of height 0 is not to be seen
+        axes.bar(shown, [values[f"unwanted_rate_{group}"] for group in shown])
         axes.axhline(values["unwanted_rate"], color="black", linestyle=":", label="all prompts")
-        axes.set(ylabel="share of unwanted continuations", ylim=(0, 1.08), title="After unwanted prompts")
+        axes.set(ylabel="share of unwanted continuations", ylim=(0, 1.02), title="After unwanted prompts")
         axes.tick_params(axis="x", rotation=45)
         axes.legend(fontsize=8)
         (folder / "figures").mkdir(parents=True, exist_ok=True)
