@@ -168,3 +168,73 @@ def test_merge_keeps_its_inputs_and_is_idempotent(below: dict[str, Any], above: 
     assert (below, above) == before
     assert config.merge(once, above) == once
     assert config.merge(below, {}) == below
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        1, 0.5, 1e-05, True, None, "suave", "1", "true", "a b", "", [1, "x"], {"a": [None]}, "Question: why?", "on",
+        "a #b", "[a", "{text} is a text", "Question: a: b", "2024", "1e-3", "über 🙂", "'quoted'", '"quoted"', " a ",
+        "<<",
+    ],
+)  # fmt: skip
+def test_options_are_read_back_as_they_were(value: object) -> None:
+    key, _, raw = config.option_text("model.init_args.x", value).partition("=")
+    assert config.override(key, raw) == {"model": {"init_args": {"x": value}}}
+
+
+def test_paths_and_names_are_read_back() -> None:
+    assert config.override("model.init_args.x", config.option_text("x", Path("a b/c")).partition("=")[2]) == {
+        "model": {"init_args": {"x": "a b/c"}}
+    }
+    assert config.option_text("ckpt_path", "10") == "ckpt_path=10"
+    assert config.override("ckpt_path", "10") == {"ckpt_path": "10"}
+
+
+def test_appended_items_wait_for_the_list_below(tmp_path: Path) -> None:
+    base = write(tmp_path / "base.yaml", {"trainer": {"callbacks+": ["figures"]}})
+    write(tmp_path / "a.yaml", {"config": base.name, "trainer": {"callbacks+": ["progress"]}})
+    typed = config.typed_layers([tmp_path / "a.yaml"], [("trainer.callbacks+", "online_probe")])
+    below = config.resolve_names({"trainer": {"callbacks": ["collapse_monitor"]}}, "")
+
+    def names(merged: dict[str, Any]) -> list[str]:
+        return [item["class_path"].rpartition(".")[2] for item in config.settled(merged)["trainer"]["callbacks"]]
+
+    assert names(config.merge(below, typed.merged)) == ["CollapseMonitor", "Figures", "Progress", "OnlineProbe"]
+    assert names(typed.merged) == ["Figures", "Progress", "OnlineProbe"]
+    replaced = config.merge(typed.merged, below)
+    assert names(replaced) == ["CollapseMonitor"]
+    only = config.load_layers([], [("model", "suave"), ("trainer.callbacks+", "figures")])
+    assert list(only.merged["trainer"]) == ["callbacks"]
+
+
+def test_keys_may_be_merged_as_yaml_does(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "model: &m\n  class_path: suave\ndata:\n  <<: *m\n  class_path: fashion_mnist\n")
+    assert config.load_file(path)["data"]["class_path"].endswith("FashionMNIST")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("checkpoint: 5", "checkpoint: expected a mapping, got 5"),
+        ("trainer: {callbacks: [{init_args: {dpi: 5}}]}", "trainer.callbacks: an item without class_path"),
+        ("ckpt_path: true", "ckpt_path: expected the path of a checkpoint, got True"),
+        ("model: .foo", "model: unknown name '.foo' in methods"),
+        ("nonsense:", "unknown key 'nonsense'"),
+    ],
+)
+def test_shapes_are_checked(content: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message.replace("[", r"\[")):
+        config.load_file(write(tmp_path / "a.yaml", content))
+
+
+@pytest.mark.parametrize("option", ["ckpt_path", "model", "data"])
+def test_options_without_their_value(option: str) -> None:
+    with pytest.raises(UsageError, match=f"--{option} needs a value"):
+        config.override(option, None)
+
+
+def test_an_empty_key_is_as_one_left_out(tmp_path: Path) -> None:
+    base = write(tmp_path / "base.yaml", {"model": "suave"})
+    path = write(tmp_path / "a.yaml", f"config: {base.name}\nmodel:\ndata:\n")
+    assert set(config.load_file(path)) == {"model"}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
+from zoo.config import option_text
 from zoo.options import Options, parse_options
 from zoo.runs import RunResult
 
@@ -60,5 +60,5 @@ def words(
     """
     files = [config] if isinstance(config, str | PathLike) else list(config)
     out = [word for file in files for word in ("--config", str(file))]
-    out += [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in overrides.items()]
+    out += [f"--{option_text(key, value)}" for key, value in overrides.items()]
     return out + [f"--{key}={value}" for key, value in own.items() if value is not None]

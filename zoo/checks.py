@@ -31,6 +31,8 @@ def import_class(class_path: str, key: str, base: type) -> type:
                 known = [e.name for e in registry.entries(group)]
                 hint = registry.hidden_folder(module) or did_you_mean(name, known)
                 raise UsageError(f"{key}: there is no class {class_path!r}", hint) from error
+        except Exception:
+            pass  # `load` says what is wrong with the module
     cls = registry.load(entry)
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise UsageError(f"{key}: {class_path} of {entry.dist} is not a {base.__name__}")

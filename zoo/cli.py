@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import yaml
 from zoo import registry, runs
 from zoo.checks import check_nested, check_options, import_class, parameters
 from zoo.collector import paused_collector
-from zoo.config import Layers, differences, load_file, load_layers, merge
+from zoo.config import Layers, additions, differences, load_file, merge, settled, typed_layers
 from zoo.errors import UsageError
 from zoo.options import Options
 
@@ -64,11 +64,13 @@ def run_command(options: Options) -> runs.RunResult:
 
 def compose(options: Options) -> tuple[Layers, Path | None]:
     """Return the config of a call, with what a resumed run or a checkpoint brings at the bottom, and the checkpoint."""
-    typed = load_layers(options.configs, options.overrides)
+    typed = typed_layers(options.configs, options.overrides)
     layers, checkpoint = Layers(), None
     evaluates = options.command != "fit" and options.run_dir and not typed.merged.get("ckpt_path")
     if evaluates and (Path(str(options.run_dir)) / "config.yaml").is_file():
         options.resume = options.run_dir
+    if options.command == "fit" and options.resume is None and runs.restarts() and typed.merged.get("model"):
+        _go_on_after_restart(options, typed)
     if options.resume is not None:
         run_dir = Path(options.resume)
         if not (run_dir / "config.yaml").is_file():
@@ -77,10 +79,11 @@ def compose(options: Options) -> tuple[Layers, Path | None]:
             raise UsageError(
                 "--resume and --ckpt_path exclude each other", "--resume finds the newest checkpoint of the run itself"
             )
-        stored = load_file(run_dir / "config.yaml")
+        file = runs.newest_config(run_dir)
+        stored = load_file(file)
         refuse_another_method(str(run_dir), stored, typed.merged, "leave out --config: the run brings its own")
-        layers.add(stored, str(run_dir / "config.yaml"))
-        _report("this resume differs from the run", differences(stored, typed.merged))
+        layers.add(stored, str(file))
+        layers.changed = _report("this resume differs from the run", stored, typed)
         checkpoint = newest_readable(run_dir)
         if checkpoint is None and options.command == "fit":
             print(f"note: {run_dir} has no checkpoint yet; starting from the beginning", file=sys.stderr)
@@ -92,8 +95,8 @@ def compose(options: Options) -> tuple[Layers, Path | None]:
         checkpoint = Path(typed.merged["ckpt_path"])
         stored = checkpoint_config(checkpoint, typed.merged)
         layers.add(stored, str(checkpoint))
-        _report("the config differs from the checkpoint and wins", differences(stored, typed.merged))
-    layers.merged = merge(layers.merged, typed.merged)
+        layers.changed = _report("the config differs from the checkpoint and wins", stored, typed)
+    layers.merged = settled(merge(layers.merged, typed.merged))
     layers.origin |= typed.origin
     layers.merged.pop("ckpt_path", None)
     for key in ("model", "data"):
@@ -102,6 +105,21 @@ def compose(options: Options) -> tuple[Layers, Path | None]:
             names = ", ".join(sorted({e.name for e in registry.entries(group)}))
             raise UsageError(f"no {key} is given", f"--config suave/smoke, or --{key} NAME with one of: {names}")
     return layers, checkpoint
+
+
+def _go_on_after_restart(options: Options, typed: Layers) -> None:
+    """Turn a fit that a launcher starts once more into a resume of the run that it had begun."""
+    method = display_name("methods", typed.merged["model"]["class_path"])
+    directory = Path(options.run_dir) if options.run_dir else runs.choose_run_dir(method, config_name(options))
+    if (directory / "config.yaml").is_file() and not runs.RunDirectory(directory).unused:
+        options.resume, options.run_dir = str(directory), None
+        if runs.global_rank() == 0:
+            print(f"note: this job was started before; going on with the run in {directory}", file=sys.stderr)
+
+
+def config_name(options: Options) -> str:
+    """Return the name that a new run has by the config it is started with."""
+    return runs.slug(Path(options.configs[0]).stem) if options.configs else "custom"
 
 
 def newest_readable(run_dir: Path) -> Path | None:
@@ -259,9 +277,12 @@ def _named(group: str, name: str) -> dict[str, Any]:
 
 def _callbacks(given: Any, checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
     given = given if isinstance(given, list) else []
-    taken = {item["class_path"] for item in given}
     defaults = [_named("callbacks", name) for name in DEFAULT_CALLBACKS]
-    out = [item for item in defaults if item["class_path"] not in taken] + given
+    own = {item["class_path"] for item in defaults}
+    last = {item["class_path"]: item for item in given}
+    # the stored config of a run lists all of them, and one of each is enough
+    given = [item for item in given if item["class_path"] not in own or item is last[item["class_path"]]]
+    out = [item for item in defaults if item["class_path"] not in last] + given
     for item in out:
         if item["class_path"] == _named("callbacks", CHECKPOINT_CALLBACK)["class_path"]:
             item["init_args"] = {**item.get("init_args", {}), **checkpoint}
@@ -274,13 +295,19 @@ def replayable(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in order if key in config}
 
 
-def _report(title: str, changes: Sequence[tuple[str, Any, Any]]) -> None:
-    if changes and runs.global_rank() == 0:
+def _report(title: str, stored: Mapping[str, Any], typed: Layers) -> list[str]:
+    """Print what differs from a stored config; returns the keys."""
+    new = settled(merge(stored, typed.merged))
+    changed, added = differences(stored, new), additions(stored, new)
+    lines = [f"  {key}: {old!r} -> {value!r}" for key, old, value in changed]
+    lines += [f"  {key}: the default -> {value!r}" for key, value in added]
+    if lines and runs.global_rank() == 0:
         print(f"{title}:", file=sys.stderr)
-        for key, old, new in changes[:DIFFERENCES_SHOWN]:
-            print(f"  {key}: {old!r} -> {new!r}", file=sys.stderr)
-        if len(changes) > DIFFERENCES_SHOWN:
-            print(f"  ... and {len(changes) - DIFFERENCES_SHOWN} more", file=sys.stderr)
+        for line in lines[:DIFFERENCES_SHOWN]:
+            print(line, file=sys.stderr)
+        if len(lines) > DIFFERENCES_SHOWN:
+            print(f"  ... and {len(lines) - DIFFERENCES_SHOWN} more", file=sys.stderr)
+    return [key for key, *_ in (*changed, *added)]
 
 
 def _show_help(options: Options) -> runs.RunResult:

@@ -8,10 +8,11 @@ replaced by class paths, so that what is saved can be replayed without the name.
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -39,8 +40,9 @@ class Loader(yaml.SafeLoader):
     """Safe YAML, with `1e-3` read as a number and a key given twice refused."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key, (key_node, _) in zip(keys, node.value, strict=True):
+        nodes = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]  # `<<: *other` may come often
+        keys = [self.construct_object(key, deep=True) for key in nodes]
+        for key, key_node in zip(keys, nodes, strict=True):
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
         return super().construct_mapping(node, deep)
@@ -136,7 +138,8 @@ def load_file(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is not None and not isinstance(base, str):
         raise UsageError(f"{path}: `config:` takes the name of a file, got {base!r}")
     check_keys(content, str(path))
-    content = resolve_names(content, str(path))
+    given = {key: value for key, value in content.items() if value is not None or key == "seed_everything"}
+    content = resolve_names(given, str(path))
     if base is None:
         return content
     return merge(load_file(resolve_config(base, path.parent), (*chain, here)), content)
@@ -148,12 +151,13 @@ def check_keys(content: Mapping[str, Any], where: str) -> None:
         plain = str(key).removesuffix("+")
         if plain not in TOP_LEVEL:
             raise UsageError(f"{where}: unknown key {key!r}", did_you_mean(str(key), [*TOP_LEVEL, "config"]))
-    for key in ("model", "data", "trainer"):
+    for key in ("model", "data", "trainer", "checkpoint"):
         value = content.get(key)
-        if value is not None and not isinstance(value, dict | str):
+        if value is not None and not isinstance(value, dict | str if key in ("model", "data") else dict):
             raise UsageError(f"{where}: {key}: expected a mapping, got {value!r}")
-    if isinstance(content.get("trainer"), str):
-        raise UsageError(f"{where}: trainer: expected a mapping, got {content['trainer']!r}")
+    path = content.get("ckpt_path")
+    if path is not None and not isinstance(path, str):
+        raise UsageError(f"{where}: ckpt_path: expected the path of a checkpoint, got {path!r}")
 
 
 def resolve_names(content: dict[str, Any], where: str) -> dict[str, Any]:
@@ -177,7 +181,7 @@ def as_class(value: Any, key: str, where: str) -> dict[str, Any]:
     """Return `{class_path, init_args}` for a name, a class path, or a mapping that holds either.
 
     Raises:
-        UsageError: If the name is not registered, or the mapping has other keys.
+        UsageError: If the name is not registered, or the mapping has other keys or, in a list, no class.
     """
     if isinstance(value, str):
         value = {"class_path": value}
@@ -191,6 +195,8 @@ def as_class(value: Any, key: str, where: str) -> dict[str, Any]:
         )
     if not isinstance(value.get("init_args") or {}, dict):
         raise UsageError(f"{where}: {key}.init_args: expected a mapping, got {value['init_args']!r}")
+    if "class_path" not in value and key not in ("model", "data"):  # these lie over others of the same key
+        raise UsageError(f"{where}: {key}: an item without class_path: {value!r}")
     named = {"class_path": class_path(value["class_path"], key, where)} if "class_path" in value else {}
     return {**named, "init_args": dict(value.get("init_args") or {})}
 
@@ -199,7 +205,7 @@ def class_path(name: Any, key: str, where: str) -> str:
     """Return the dotted path for a registered name; a dotted path stays as it is."""
     if not isinstance(name, str) or not re.fullmatch(r"[\w.:-]+", name):
         raise UsageError(f"{where}: {key}: expected the name of a class, got {name!r}")
-    if "." in name and ":" not in name:
+    if re.fullmatch(r"\w+(\.\w+)+", name):
         return name
     try:
         return registry.find(NAMED[key], name).class_path
@@ -210,20 +216,30 @@ def class_path(name: Any, key: str, where: str) -> str:
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Return `below` overlaid with `above`.
 
-    Mappings merge deeply, `key+` appends to a list, another `class_path` drops the options of the class below.
+    Mappings merge deeply, `key+` appends to a list, another `class_path` drops the options of the class below. Where
+    there is nothing to append to yet, `key+` stays, for what may come to lie below; `settled` ends that.
     """
     out = dict(below)
     for key, value in above.items():
         if isinstance(key, str) and key.endswith("+"):
-            name = key[:-1]
-            old = out.get(name)
-            out[name] = [*(old if isinstance(old, list) else []), *(value if isinstance(value, list) else [value])]
+            known = key[:-1] if key[:-1] in out else key
+            old = out.get(known)
+            out[known] = [*(old if isinstance(old, list) else []), *(value if isinstance(value, list) else [value])]
         elif isinstance(value, dict) and isinstance(out.get(key), dict):
             old = out[key]
             other_class = "class_path" in value and "class_path" in old and value["class_path"] != old["class_path"]
             out[key] = dict(value) if other_class else merge(old, value)
         else:
+            out.pop(f"{key}+", None)
             out[key] = copy.deepcopy(value)
+    return out
+
+
+def settled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config under which nothing will be laid any more: `key+` becomes `key`."""
+    out = {key: settled(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+    for key in [key for key in out if isinstance(key, str) and key.endswith("+")]:
+        out[key[:-1]] = out.pop(key)
     return out
 
 
@@ -247,6 +263,10 @@ def override(option: str, text: str | None) -> dict[str, Any]:
     where = f"--{option}"
     value: Any = True if text is None else _typed_value(text, where)
     parts = option.split(".")
+    if text is None and (parts[0] == "ckpt_path" or parts in (["model"], ["data"])):
+        raise UsageError(f"{where} needs a value")
+    if parts == ["ckpt_path"]:
+        value = text  # a file may be called `10`
     if not all(parts):
         raise UsageError(f"{where}: not an option", "options look like --model.lr 0.1 or --trainer.max_steps 100")
     if parts[0] in ("model", "data"):
@@ -264,6 +284,24 @@ def override(option: str, text: str | None) -> dict[str, Any]:
     return resolve_names(value, where)
 
 
+def option_text(key: str, value: Any) -> str:
+    """Return `key=value` in the words of the command line: what `override` reads as this very value."""
+    if isinstance(value, PurePath):
+        value = str(value)
+    if isinstance(value, str) and not _reads_as_itself(key, value):
+        return f"{key}={json.dumps(value, ensure_ascii=False)}"
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+def _reads_as_itself(key: str, text: str) -> bool:
+    if key in ("model", "data", "ckpt_path") or key.endswith(".class_path"):  # never read as YAML
+        return True
+    try:
+        return bool(_typed_value(text, key) == text)
+    except UsageError:
+        return False
+
+
 @dataclass
 class Layers:
     """The layers of a config with the place that set each key.
@@ -271,10 +309,12 @@ class Layers:
     Attributes:
         merged: The config after all layers.
         origin: Dotted key -> file or option that set it last.
+        changed: Dotted keys that a stored config, at the bottom, has otherwise or not at all.
     """
 
     merged: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
+    changed: list[str] = field(default_factory=list)
 
     def add(self, content: Mapping[str, Any], where: str) -> None:
         """Lay `content` on top."""
@@ -307,8 +347,21 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[st
     return [(key, a[key], b[key]) for key in a if key in b and a[key] != b[key]]
 
 
+def additions(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return (key, value) for the options of model and data that are new: the defaults were in force."""
+    a, b = flatten(old), flatten(new)
+    return [(key, b[key]) for key in b if key not in a and key.startswith(("model.init_args.", "data.init_args."))]
+
+
 def load_layers(files: Sequence[str | Path], overrides: Iterable[tuple[str, str | None]]) -> Layers:
     """Read config files from left to right, then command-line options."""
+    layers = typed_layers(files, overrides)
+    layers.merged = settled(layers.merged)
+    return layers
+
+
+def typed_layers(files: Sequence[str | Path], overrides: Iterable[tuple[str, str | None]]) -> Layers:
+    """Do as `load_layers` does, for a config that is laid on another one: `key+` is still there, to append to that."""
     layers = Layers()
     for name in files:
         path = resolve_config(name)

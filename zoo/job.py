@@ -29,11 +29,12 @@ from lightning.pytorch.loggers import WandbLogger
 
 from zoo import runs, shortcuts
 from zoo.card import ZOO_API
-from zoo.cli import display_name, links, replayable
+from zoo.cli import config_name, display_name, links, replayable
 from zoo.collector import paused_collector
 from zoo.config import Layers
 from zoo.errors import RunError, UsageError
 from zoo.evaluation import print_results, untrained_note
+from zoo.new_options import NewOptions
 from zoo.options import Options
 from zoo.output import short, unstoppable_output
 
@@ -186,12 +187,7 @@ class Job:
         directory = runs.RunDirectory(path)
         rank_zero, written = runs.global_rank() == 0, None
         if rank_zero:
-            name = self._config_name(directory)
-            directory.claim(self.method, name, continues, self.options.command, self.replaces)
-            if not (continues and self.options.command != "fit"):
-                resumed = continues and (directory.path / "config.yaml").exists()
-                saved = directory.save_config(yaml.safe_dump(self.config, sort_keys=False), resumed)
-                written = saved if resumed else None
+            written = self._claim(directory, continues)
         mode = self.options.wandb or os.environ.get("WANDB_MODE") or "offline"
         quieten()
         shortcuts.install()
@@ -201,6 +197,23 @@ class Job:
         finally:
             directory.release()
 
+    def _claim(self, directory: runs.RunDirectory, continues: bool) -> Path | None:
+        """Take the directory and write the config into it; returns the config of a resume."""
+        name = self._config_name(directory)
+        directory.claim(self.method, name, continues, self.options.command, self.replaces)
+        if continues and self.options.command != "fit":
+            return None
+        resumed = continues and (directory.path / "config.yaml").exists()
+        try:
+            saved = directory.save_config(yaml.safe_dump(self.config, sort_keys=False), resumed)
+        except OSError as error:
+            directory.release()
+            raise UsageError(
+                f"cannot write to run directory {directory.path}: {error.strerror}",
+                "make room on the disk, or choose another --run_dir",
+            ) from error
+        return saved if resumed else None
+
     def _directory(self) -> tuple[Path, bool]:
         """Return the directory of the run and whether the run exists already."""
         options = self.options
@@ -209,27 +222,37 @@ class Job:
                 raise UsageError("--resume goes on in the directory of the run", "leave out --run_dir")
             return Path(options.resume), True
         if options.run_dir is not None:
-            known = (Path(options.run_dir) / "config.yaml").is_file()
-            if known and options.command == "fit" and runs.global_rank() == 0:
-                if runs.RunDirectory(Path(options.run_dir)).unused:
-                    self.replaces = True
-                    return Path(options.run_dir), False
-                raise UsageError(
-                    f"{options.run_dir} already holds a run",
-                    f"go on with it by --resume {options.run_dir}, or choose another --run_dir",
-                )
-            return Path(options.run_dir), known
+            known = self._is_taken(Path(options.run_dir))
+            return Path(options.run_dir), known and not self.replaces
         if options.command != "fit" and self.checkpoint is not None:
             owner = self.checkpoint.resolve().parent.parent
             if (owner / "run.json").is_file():
                 return owner, True
-        return runs.choose_run_dir(self.method, self._config_name(None)), False
+        chosen = runs.choose_run_dir(self.method, self._config_name(None))
+        if runs.RUN_DIR_VARIABLE not in os.environ:  # it is named by the job, which may have been started before
+            self._is_taken(chosen)
+        return chosen, False
+
+    def _is_taken(self, path: Path) -> bool:
+        """Whether a run has begun in a directory; notes in `replaces` if another one may take its place.
+
+        Raises:
+            UsageError: If a fit must not.
+        """
+        known = (path / "config.yaml").is_file()
+        if known and self.options.command == "fit" and runs.global_rank() == 0:
+            if not runs.RunDirectory(path).unused:
+                raise UsageError(
+                    f"{path} already holds a run", f"go on with it by --resume {path}, or choose another --run_dir"
+                )
+            self.replaces = True
+        return known
 
     def _config_name(self, directory: runs.RunDirectory | None) -> str:
         known = directory.identity.get("config") if directory else None
         if known and (self.options.resume or self.options.command != "fit"):
             return str(known)
-        return runs.slug(Path(self.options.configs[0]).stem) if self.options.configs else "custom"
+        return config_name(self.options)
 
     def _run_in(
         self, directory: runs.RunDirectory, rank_zero: bool, continues: bool, resumed_config: Path | None
@@ -309,6 +332,9 @@ class Job:
         if self.checkpoint is not None:
             kwargs["ckpt_path"] = str(self.checkpoint)
         self.cli.trainer.callbacks.insert(0, SameStart())  # type: ignore[attr-defined]
+        changed = any(key.startswith("model.init_args.") for key in self.layers.changed)
+        if self.options.command == "fit" and self.checkpoint is not None and changed:
+            self.cli.trainer.callbacks.append(NewOptions())  # type: ignore[attr-defined]
         results = self.options.command in ("validate", "test")
         if results:
             kwargs["verbose"] = False  # Lightning's table has a column for each loader and cuts names
@@ -327,7 +353,7 @@ class Job:
             sizes = {k: v for k, v in self.config["data"].get("init_args", {}).items() if "batch_size" in k}
             raise RunError(
                 f"out of memory with data.init_args {sizes}: {first}",
-                "halve it with --trainer.accumulate_grad_batches 2, or use --trainer.precision bf16-mixed",
+                "halve them and add --trainer.accumulate_grad_batches 2, or use --trainer.precision bf16-mixed",
             ) from error
         if isinstance(error, RuntimeError) and "loading state_dict" in first:
             detail = str(error).split("\n")

@@ -85,6 +85,22 @@ def shared_id() -> str | None:
     return None
 
 
+def restarts() -> int:
+    """How often the launcher has started this job before: SLURM after a requeue, torchrun after a failure."""
+    counts = (os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    return max(int(count) if count.isdigit() else 0 for count in counts)
+
+
+def newest_config(run_dir: Path) -> Path:
+    """Return the config that the run in a directory was last started with: of its last resume, or of its beginning."""
+    return max(run_dir.glob("config.resume-*.yaml"), key=_resume_number, default=run_dir / "config.yaml")
+
+
+def _resume_number(path: Path) -> int:
+    number = path.stem.rpartition("-")[2]
+    return int(number) if number.isdigit() else 0
+
+
 def choose_run_dir(method: str, config: str) -> Path:
     """Return the directory of a new run; ranks started by a launcher all get the same one."""
     if RUN_DIR_VARIABLE in os.environ:
@@ -211,6 +227,17 @@ class RunDirectory:
                 f"another job is running in {self.path}", "choose another --run_dir, or wait for it"
             ) from error
         _HELD.add(self._lock)
+        try:
+            self._take(method, config, resume, command, replace)
+        except OSError as error:
+            self.release()
+            raise UsageError(
+                f"cannot write to run directory {self.path}: {error.strerror}",
+                "make room on the disk, or choose another --run_dir",
+            ) from error
+
+    def _take(self, method: str, config: str, resume: bool, command: str, replace: bool) -> None:
+        """Do the part of `claim` that comes after the lock."""
         if replace and not self.unused:  # another job was faster
             self.release()
             raise UsageError(f"{self.path} already holds a run", "choose another --run_dir")
@@ -237,7 +264,7 @@ class RunDirectory:
         """Write the config that replays this run: `config.yaml`, on a resume `config.resume-<n>.yaml`."""
         path = self.path / "config.yaml"
         if resume:
-            n = 1 + len(list(self.path.glob("config.resume-*.yaml")))
+            n = 1 + max(map(_resume_number, self.path.glob("config.resume-*.yaml")), default=0)
             path = self.path / f"config.resume-{n}.yaml"
         write_atomically(path, text)
         return path
@@ -267,14 +294,17 @@ def versions() -> dict[str, str]:
 def commit() -> str:
     """Commit of the checkout that the code runs from, with `+` if files differ from it; `""` outside a checkout."""
     root = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
     try:
-        head = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
-            capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return ""  # installed into an environment below somebody else's checkout
+        return git("describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return ""
-    return head.stdout.strip()
 
 
 def hardware() -> dict[str, Any]:

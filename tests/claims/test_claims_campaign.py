@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.claims.conftest import FakeChild, World
-from zoo.claims.campaign import exclusive, option_text
-from zoo.config import parse_yaml
+from zoo.claims.campaign import exclusive, newest_checkpoint
 from zoo.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -211,6 +210,16 @@ def test_a_killed_campaign_goes_on_where_it_was(world: World, number: int) -> No
     assert len(steps) <= 31, "more than the step that was being made was lost"
 
 
+def test_a_run_is_tested_with_its_highest_step_whatever_the_times_of_its_files_are(world: World) -> None:
+    folder = world.runs / "checkpoints"
+    folder.mkdir(parents=True)
+    for time_of_copy, name in enumerate(("step=100.ckpt", "epoch=3-step=20.ckpt", "step=3.ckpt", "last.ckpt")):
+        (folder / name).touch()
+        os.utime(folder / name, (time_of_copy, time_of_copy))
+    assert newest_checkpoint(world.runs) == folder / "step=100.ckpt"
+    assert newest_checkpoint(world.runs / "none") is None
+
+
 def test_a_result_that_a_kill_kept_from_being_written_is_taken(world: World) -> None:
     world.reproduce(seeds=1)
     (world.results / "fake.cpu.json").unlink()
@@ -234,11 +243,3 @@ def test_handlers_are_put_back(world: World) -> None:
     before = signal.getsignal(signal.SIGTERM)
     world.reproduce(seeds=1)
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-@pytest.mark.parametrize("value", [1, 0.5, 1e-05, True, None, "suave", "1", "true", "a b", "", [1, "x"], {"a": [None]}])
-def test_options_are_read_back_as_they_were(value: object) -> None:
-    text = option_text("model.init_args.x", value)
-    key, _, raw = text[2:].partition("=")
-    assert key == "model.init_args.x"
-    assert (parse_yaml(raw, "") if raw else "") == value

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from zoo import registry
+from zoo.claims.results import number
 from zoo.cli import CHECKPOINT_CALLBACK, DEFAULT_LOGGERS
 from zoo.config import shipped_configs
 from zoo.explain import option_table, options_of
@@ -73,5 +74,7 @@ def print_claims(name: str) -> None:
             continue
         print(f"\nclaims   ({result['scale']} scale, {len(result['seeds'])} seeds)")
         for claim in result["claims"]:
-            verdict = "holds" if claim["holds"] else "FAILS"
-            print(f"  {claim['id']:<36} {claim['mean']:+.4f} (margin {claim['margin']:+.4f})  {verdict}")
+            outcome = {True: "holds", False: "FAILS", None: "open"}[claim["holds"]]
+            print(
+                f"  {claim['id']:<36} {number(claim['value'], signed=True)} (margin {claim['margin']:+.4f})  {outcome}"
+            )
