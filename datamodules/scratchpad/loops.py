@@ -127,7 +127,7 @@ class Cycles(Loops):
         self._pixels: dict[int, tuple[NDArray, NDArray]] = {}
 
     def check(self, low: int, high: int) -> None:
-        """Require that lines do not run within two pixels of each other over more than 30 % of their length."""
+        """Require room between places and between parallel lines; lines that cross flatly may still run side by side."""
         super().check(low, high)
         if self.places is not None and high > self.places:
             raise ValueError(f"difficulty {[low, high]} of {self.name}: expected at most size={self.places} nodes")

@@ -52,7 +52,7 @@ class VisualScratchpad(LightningModule):
         change_weight: Weight `w_ch` of the pixels in patches that change, against 1 elsewhere.
         p_tf: Probability of training on the true frame and not on one the network drew.
         self_feed_after: Steps of pure teacher forcing at the start.
-        self_steps: Frames that the network draws in a row when it trains on its own.
+        self_steps: Frames that the network draws in a row when it trains on its own; in `multi` always one.
         snap: Whether drawn frames are rounded to the palette before they are read again, in training and afterwards.
         t_max: Most frames of a roll-out; 0 for three times the longest solution.
         iterations: How often `recurrent` applies its blocks.
