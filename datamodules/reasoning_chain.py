@@ -57,7 +57,7 @@ class _Coins(Iterator[float]):
 
 
 class ChainTraces(Batches):
-    """Training batches, written when they are asked for: no trace is ever repeated.
+    """Training batches, written when they are asked for, anew in every epoch. Traces of a small task recur.
 
     Args:
         task: The grammar.
@@ -162,7 +162,7 @@ class ReasoningChain(ReasoningData):
         recover: Probability that a tangent is taken back.
         guess: Probability of filler and a guess instead of a calculation.
         batch_size: Traces in a (global) training batch.
-        num_batches: Batches of an epoch; all traces are new.
+        num_batches: Batches of an epoch; all traces are drawn anew.
         val_batches: Batches of validation.
         num_problems: Problems to analyse.
         problem_batch: Problems that are analysed together.
@@ -261,18 +261,18 @@ class ReasoningChain(ReasoningData):
         return problems, traces
 
     def train_dataloader(self) -> ResumableLoader:
-        """New traces, always."""
+        """Traces that are drawn anew in every epoch."""
         return self.loader(
             ChainTraces(self.task, self.writer, self.batch_size, self.num_batches, self.data_seed, "train")
         )
 
     def val_dataloader(self) -> ResumableLoader:
-        """Traces that are not trained on."""
+        """Traces drawn apart from those of the training; of a small task many occur in both."""
         batches = ChainTraces(self.task, self.writer, self.batch_size, self.val_batches, self.data_seed, "val")
         return self.loader(batches, same_every_epoch=True)
 
     def test_dataloader(self) -> list[ResumableLoader]:
-        """Traces that are not trained on, and problems without traces: the model writes them."""
+        """Traces drawn apart from those of the training, and problems without traces: the model writes them."""
         traces = ChainTraces(self.task, self.writer, self.batch_size, self.val_batches, self.data_seed, "test")
         problems = self.problems("test", self.num_problems)
         items = ItemBatches(list(problems), [[] for _ in problems], self.problem_batch)

@@ -2,7 +2,7 @@
 
 A world is a few templates with one noun and one or two slots, which words of the wanted or of the unwanted lexicon
 fill. A document is two sentences about one noun. Which split a document belongs to follows from a hash of its first
-sentence, so that no first sentence of a held-out document or prompt is ever seen in training, in whatever role.
+sentence, so that no training document begins as a held-out document or prompt does. Second sentences are free.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ class Cycles(Loops):
         self._pixels: dict[int, tuple[NDArray, NDArray]] = {}
 
     def check(self, low: int, high: int) -> None:
-        """Require room between places and between parallel lines; lines that cross flatly may still run side by side."""
+        """Require room between places and between parallel lines; lines may cross flatly all the same."""
         super().check(low, high)
         if self.places is not None and high > self.places:
             raise ValueError(f"difficulty {[low, high]} of {self.name}: expected at most size={self.places} nodes")

@@ -66,7 +66,8 @@ class CoTPotential(LightningModule):
         sample_seed: Seed of the completions; those of `(trace, boundary, row)` are the same in any order of work.
         samples: Completions behind each potential.
         reuse: Whether completions that reproduce a chunk count for its end too.
-        stop_width: Stop drawing where Wilson's interval is narrower; 0 for never.
+        stop_width: Stop drawing where Wilson's interval is narrower; 0 for never. Tests of monotonicity count
+            every point with the most completions of any, and become too strict.
         chunker: `equal_k`, `every_m_tokens`, `newline`, `sentence` or `step_token`.
         chunk_size: Number of chunks (`equal_k`), or tokens of one.
         step_token: Token that ends a chunk (`step_token`).

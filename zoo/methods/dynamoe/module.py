@@ -60,7 +60,7 @@ class DynaMoE(LightningModule):
         experts: Nested experts of each MLP; expert e has the first (e + 1) / experts of the hidden neurons.
         similarity: What makes an expert good enough: `inner`, `cosine` or `relerr`, see `losses.similarity`.
         head: `score`: routers predict similarities, and theta is free at inference. `label`: they predict the label.
-        label_mode: Where similarity is not monotone: `first` good expert, or `stable`.
+        label_mode: Where similarity is not monotone: `first` good expert, or `stable`; `test` reads `first`.
         theta_train: Threshold of the labels of the label head.
         theta: Threshold of the score head in validation, prediction and generation; 1 or more is the full width.
         tau: The same for the label head: probability that the chosen width has to hold; null takes the likeliest label.

@@ -36,7 +36,7 @@ def in_order(parts: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def evaluate_prompts(module: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """Answer held-out prompts, and keep what is said of each answer in `module.evaluated`.
+    """Answer fixed prompts, and keep what is said of each answer in `module.evaluated`.
 
     Args:
         module: A `Salsa` module.

@@ -439,7 +439,7 @@ class Salsa(LightningModule):
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Answer held-out prompts with random numbers that are the same in each validation."""
+        """Answer fixed prompts with random numbers that are the same in each validation."""
         evaluation.evaluate_prompts(self, batch)
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
