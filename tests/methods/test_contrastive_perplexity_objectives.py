@@ -85,6 +85,34 @@ def test_what_is_watched() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 4])
+def test_dpo_compares_log_likelihoods_of_whole_sentences(rank: int) -> None:
+    model = make_model(objective="dpo", beta=0.5, lora_rank=rank)
+    with torch.no_grad():  # as after some steps: the model is not its reference any more
+        for parameter in (p for p in model.lm.parameters() if p.requires_grad):
+            parameter.add_(
+                0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
+    batch = make_batch(p=2, n=3, r=1)
+    l, tokens = one_by_one(model.lm, batch)  # noqa: E741
+    if model.reference is None:
+        with adapters_off(model.lm):
+            of_reference, _ = one_by_one(model.lm, batch)
+    else:
+        of_reference, _ = one_by_one(model.reference, batch)
+
+    def loss(weights: Tensor) -> float:
+        """Over the pairs of k-th positive and k-th negative, one by one."""
+        gains = ((of_reference - l) * weights).tolist()  # log-likelihood ratios
+        margins = [row[k] - row[2 + k] for row in gains for k in range(2)]
+        return sum(math.log1p(math.exp(-0.5 * margin)) for margin in margins) / len(margins)
+
+    lengths = tokens.view_as(l).float()
+    assert (lengths[:, :2] != lengths[:, 2:4]).any()
+    assert abs(loss(lengths) - loss(torch.ones_like(l))) > 0.01  # a mean over tokens is something else
+    assert step(model, batch)["total"].item() == pytest.approx(loss(lengths), abs=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
 def test_dpo_moves_pairs_apart_and_leaves_its_reference(rank: int) -> None:
     model = make_model(objective="dpo", beta=0.5, lora_rank=rank)
     batch = make_batch(p=2, n=2)

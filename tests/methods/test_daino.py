@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from tests.methods.suave_toy import TINY, loader, make_batch, trainer
 from zoo.methods.daino.losses import teacher_assignment, updated_centre
@@ -55,6 +56,35 @@ def test_the_teacher_copies_or_keeps(momentum: float, tmp_path: Path) -> None:
     reference = built.net if momentum == 0.0 else start.net
     for ours, expected in zip(built.teacher.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+def test_the_teacher_makes_the_predictions(tmp_path: Path) -> None:
+    """Targets are the teacher's own answers, so that it alone is always right; its probes see its activations."""
+    torch.manual_seed(0)
+    built = Daino(**PLAIN)
+    with torch.no_grad():
+        for parameter in built.teacher.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    built.eval()
+    image = make_batch(unlabelled=32)["views"][0]
+    logits = {}
+    for name, net in (("teacher", built.teacher), ("student", built.net)):
+        z = F.normalize(net.projector(net.backbone(image))[1], dim=1)
+        logits[name] = (z @ F.normalize(net.prototypes.weight, dim=1).T).detach()
+    target = logits["teacher"].argmax(dim=1)
+    assert len(target.unique()) > 1
+    assert (logits["student"].argmax(dim=1) == target).float().mean() < 0.75
+    torch.testing.assert_close(built(image), torch.softmax(logits["teacher"] / 0.1, dim=1))
+    torch.testing.assert_close(built.predict_step({"image": image}, 0), built(image))
+
+    batches: DataLoader[Any] = DataLoader([{"image": image, "target": target}], batch_size=None)  # type: ignore[arg-type]
+    run = trainer(1, default_root_dir=tmp_path)
+    tested, validated = run.test(built, batches, verbose=False)[0], run.validate(built, batches, verbose=False)[0]
+    seen = built.probes["backbone"](built.teacher.backbone(image)).argmax(dim=1)
+    for stage, result in (("test", tested), ("val", validated)):
+        assert result[f"{stage}/acc"] == 1.0
+        assert result[f"{stage}/loss"] == pytest.approx(F.cross_entropy(logits["teacher"] / 0.1, target).item(), 1e-4)
+        assert result[f"{stage}/acc_backbone"] == pytest.approx((seen == target).float().mean().item())
 
 
 def test_teacher_and_centre_are_in_the_checkpoint_and_take_no_gradient() -> None:
