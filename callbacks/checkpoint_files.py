@@ -7,25 +7,38 @@ import shutil
 import zipfile
 from pathlib import Path
 
-import torch
+_NAME = re.compile(r"step=\d+\.ckpt")
+_STEP = re.compile(r"step=(\d+)")
 
-_NAME = re.compile(r"step=(\d+)\.ckpt")
+
+def step_of(path: Path) -> int:
+    """Return the step in the name of a checkpoint, `<...>step=<n><...>.ckpt`, or -1."""
+    found = _STEP.search(path.stem)
+    return int(found.group(1)) if found else -1
+
+
+def recency(path: Path) -> tuple[int, int, str]:
+    """Return what the checkpoints of a run are ordered by: the greatest is the newest.
+
+    That is the step; copying, unpacking or downloading a directory changes the times of its files. The time only
+    decides between files of one step or of none.
+    """
+    return step_of(path), path.stat().st_mtime_ns, path.name
 
 
 def resume_files(directory: Path) -> list[Path]:
-    """Return the files `step=<n>.ckpt` of a directory, the last written one first."""
-    found = [(path, match) for path in directory.glob("step=*.ckpt") if (match := _NAME.fullmatch(path.name))]
-    found.sort(key=lambda item: (item[0].stat().st_mtime_ns, int(item[1].group(1))), reverse=True)
-    return [path for path, _ in found]
+    """Return the files `step=<n>.ckpt` of a directory, that of the highest step first."""
+    found = [path for path in directory.glob("step=*.ckpt") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=recency, reverse=True)
 
 
 def checkpoints_newest_first(run_dir: str | Path) -> list[Path]:
-    """Return the resume checkpoints `<run_dir>/checkpoints/step=<n>.ckpt`, the last written one first."""
+    """Return the resume checkpoints `<run_dir>/checkpoints/step=<n>.ckpt`, that of the highest step first."""
     return resume_files(Path(run_dir) / "checkpoints")
 
 
 def newest_checkpoint(run_dir: str | Path) -> Path | None:
-    """Return the last written resume checkpoint that can be read, or None."""
+    """Return the resume checkpoint of the highest step that can be read, or None."""
     return next((path for path in checkpoints_newest_first(run_dir) if is_readable(path)), None)
 
 
@@ -34,6 +47,8 @@ def is_readable(path: str | Path) -> bool:
     path = Path(path)
     if path.is_dir():  # written shard by shard; the last file of it is this one
         return (path / "meta.pt").is_file()
+    import torch  # here, since a campaign only asks which file is the newest
+
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:

@@ -87,6 +87,8 @@ class CollapseMonitor(Callback):
             values["monitor/assignment_entropy"] = entropy(all_reduce_mean(p.mean(0))) / log_k
             values["monitor/sample_entropy"] = all_reduce_mean(entropy(p).mean()) / log_k
             loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+            if isinstance(loss, Tensor) and pl_module.automatic_optimization:
+                loss = loss * trainer.accumulate_grad_batches  # Lightning hands over the share in the sum of gradients
             self._judge(float(values["monitor/assignment_entropy"]), loss, p.shape[-1], trainer)
         offered = getattr(pl_module, "embeddings", None)
         z = offered() if callable(offered) else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks import checkpoint_files
 from callbacks.boundaries import epoch_is_complete, is_between_optimizer_steps, watch
-from callbacks.checkpoint_files import checkpoints_newest_first, is_readable, newest_checkpoint
+from callbacks.checkpoint_files import checkpoints_newest_first, is_readable, newest_checkpoint, step_of
 from callbacks.rng import gathered, rng_state, set_rng_state
 
 __all__ = ["ResumeCheckpoint", "checkpoints_newest_first", "is_readable", "newest_checkpoint"]
@@ -22,8 +24,11 @@ class ResumeCheckpoint(Callback):
     The state is taken when everything of a step is over: after the hooks of the module, logging and validation. Where a
     step ends an epoch it is taken after the end of the epoch, so that no validation is lost or run twice. Besides what
     Lightning stores there are the generators of all ranks and the metrics that callbacks monitor. An error in
-    the middle of a step writes nothing: such a state cannot be continued, the one before can. A write that fails is
-    reported and tried again at the next occasion; the earlier files stay.
+    the middle of a step writes nothing: such a state cannot be continued, the one before can. A write that fails, on
+    whichever rank, is reported and tried again at the next occasion; the earlier files stay.
+
+    The newest checkpoint is that of the highest step. A resume passes over damaged ones; those of later steps than the
+    one it goes on from are deleted with its first new one, lest pruning keep them and delete good ones.
 
     Not kept across a resume in mid-epoch: the running means of training metrics logged with `on_epoch=True`.
 
@@ -31,7 +36,8 @@ class ResumeCheckpoint(Callback):
         every_n_steps: Optimiser steps between two checkpoints; 0 for none but those of the epochs.
         every_n_epochs: Epochs between two checkpoints at the end of an epoch; 0 for none. The end of the training
             always writes one.
-        keep: Newest checkpoints that stay.
+        keep: Newest checkpoints that stay. Those of later steps than the present one, which another run has left,
+            are the first to go.
         dirpath: Directory; `<trainer.default_root_dir>/checkpoints` if None.
 
     Raises:
@@ -54,6 +60,8 @@ class ResumeCheckpoint(Callback):
         self._failure: Exception | None = None  # what the last save ended with
         self._before_validation: dict[str, Any] | None = None
         self._resume: dict[str, Any] | None = None
+        self._resumed_from: Path | None = None  # where that is a file of our directory
+        self._trusted: float = math.inf  # last step whose file need not be read again after the next save
 
     def directory(self, trainer: Trainer) -> Path:
         """Where the checkpoints of this trainer are."""
@@ -62,6 +70,7 @@ class ResumeCheckpoint(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self._clean, self._resume, self._tried, self._saved = False, None, 0, 0
+            self._resumed_from, self._trusted = None, math.inf
             watch(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,6 +78,7 @@ class ResumeCheckpoint(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._clean = False
+        self.last_path = self.last_path or self._resumed_from
 
     def on_before_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep what a checkpoint written during the validation needs to run it again from its start."""
@@ -120,7 +130,7 @@ class ResumeCheckpoint(Callback):
             The file, or None if it could not be written.
 
         Raises:
-            OSError: If the file could not be written and `final` is set.
+            OSError: If the file could not be written and `final` is set; on every rank, whichever it was that failed.
         """
         for logger in trainer.loggers:
             getattr(logger, "flush", logger.save)()  # the file of the metrics must not lag behind
@@ -138,20 +148,29 @@ class ResumeCheckpoint(Callback):
             raise
         finally:
             self._kind = None
-        trainer.strategy.barrier("resume_checkpoint")
-        if not_written is not None:
-            message = f"the checkpoint {path} could not be written ({not_written}); the last one is {self.last_path}"
+        # a rank that took this for a success while another one failed would leave it alone in the next save
+        if not trainer.strategy.reduce_boolean_decision(not_written is None):
+            cause = not_written or "another process failed to write it"
+            message = f"the checkpoint {path} could not be written ({cause}); the last one is {self.last_path}"
             if final:
-                self._failure = OSError(not_written.errno, message)
+                self._failure = OSError(not_written.errno if not_written else errno.EIO, message)
                 raise self._failure
             warnings.warn(f"{message}; the training goes on and will try again", RuntimeWarning, stacklevel=2)
             return None
         self.last_path, self._saved = path, trainer.global_step
         if trainer.is_global_zero:
-            older = [other for other in checkpoint_files.resume_files(path.parent) if other != path]
-            for other in older[self.keep - 1 :]:
-                checkpoint_files.remove(other)
+            self._tidy(path)
+        self._trusted = math.inf
         return path
+
+    def _tidy(self, path: Path) -> None:
+        """Delete what is not to be kept beside a file that has been written just now."""
+        others = [other for other in checkpoint_files.resume_files(path.parent) if other != path]
+        damaged = [other for other in others if step_of(other) > self._trusted and not is_readable(other)]
+        kept = [other for other in others if other not in damaged]
+        kept.sort(key=lambda other: step_of(other) > step_of(path))  # our own past first, the newest of it first
+        for other in damaged + kept[self.keep - 1 :]:
+            checkpoint_files.remove(other)
 
     def state_dict(self) -> dict[str, Any]:
         before = self._before_validation if self._kind == "validation" else None
@@ -178,6 +197,10 @@ class ResumeCheckpoint(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After a checkpoint that another callback wrote somewhere in a step, Lightning's own resume has to do."""
         self._rewind(trainer)  # a run without a checkpoint starts again from its beginning
+        source = Path(trainer.ckpt_path) if trainer.ckpt_path else None
+        if source is not None and source.parent.resolve() == self.directory(trainer).resolve():
+            self.last_path = self._resumed_from = source
+            self._trusted = trainer.global_step
         if self._resume is None:
             return
         self._tried = self._saved = trainer.global_step
@@ -212,6 +235,8 @@ class ResumeCheckpoint(Callback):
         _go_on_as_usual(trainer.fit_loop)
         self._restore(trainer)
         if kind == "validation":
+            # a stop right after this validation needs a file of its own: this one would run the validation again
+            self.last_path = None
             trainer.fit_loop.epoch_loop.on_advance_end(fetcher)
 
     def _restore(self, trainer: Trainer) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from callbacks.atomic_checkpoint_io import AtomicCheckpointIO, check_plain
-from callbacks.resume_checkpoint import checkpoints_newest_first, is_readable, newest_checkpoint
+from callbacks.checkpoint_files import checkpoints_newest_first, is_readable, newest_checkpoint, recency
 from tests.callbacks.toy import KILL, At, exit_code, final, fit, in_child, resume_callback
 from zoo.errors import UsageError
 
@@ -102,16 +102,32 @@ def test_damaged_checkpoints_are_passed_over(damage: str, tmp_path: Path) -> Non
     folder = tmp_path / "checkpoints"
     for step in (5, 10):
         AtomicCheckpointIO().save_checkpoint(content(step), folder / f"step={step}.ckpt")
-        os.utime(folder / f"step={step}.ckpt", (step, step))
     newest = folder / "step=10.ckpt"
     data = bytearray(newest.read_bytes())
     if damage == "flipped":
         data[len(data) // 2] ^= 255
     newest.write_bytes(data if damage == "flipped" else data[: len(data) // 2] if damage == "cut" else b"")
-    os.utime(newest, (10, 10))
     assert [path.name for path in checkpoints_newest_first(tmp_path)] == ["step=10.ckpt", "step=5.ckpt"]
     assert newest_checkpoint(tmp_path) == folder / "step=5.ckpt"
     assert newest_checkpoint(tmp_path / "none") is None
+
+
+def test_the_newest_checkpoint_of_a_copied_run_is_that_of_the_highest_step(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for step, copied_at in ((100, 1), (20, 2), (3, 3)):
+        AtomicCheckpointIO().save_checkpoint(content(step), folder / f"step={step}.ckpt")
+        os.utime(folder / f"step={step}.ckpt", (copied_at, copied_at))
+    assert [path.name for path in checkpoints_newest_first(tmp_path)] == [f"step={n}.ckpt" for n in (100, 20, 3)]
+    assert newest_checkpoint(tmp_path) == folder / "step=100.ckpt"
+
+
+def test_the_step_comes_before_the_time_and_a_name_without_one_last(tmp_path: Path) -> None:
+    names = ["last.ckpt", "step=9.ckpt", "epoch=1-step=10.ckpt", "step=10.ckpt"]
+    for name, time in zip(names, (9, 8, 2, 1), strict=True):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time, time))
+    in_order = ["last.ckpt", "step=9.ckpt", "step=10.ckpt", "epoch=1-step=10.ckpt"]
+    assert [path.name for path in sorted(tmp_path.iterdir(), key=recency)] == in_order
 
 
 def test_a_failing_write_is_told_and_the_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
+from callbacks.atomic_checkpoint_io import AtomicCheckpointIO
 from callbacks.preemption import EXIT_CODE, Preemption
 from callbacks.resume_checkpoint import checkpoints_newest_first, newest_checkpoint
 from tests.callbacks.toy import KILL, At, differences, exit_code, final, fit, in_child, resume_callback
@@ -56,6 +59,21 @@ def test_a_training_that_ends_anyway_is_finished(tmp_path: Path) -> None:
     assert exit_code(fit, tmp_path, stop, newest_checkpoint(tmp_path)) == 0
     assert exit_code(fit, tmp_path / "whole", []) == 0
     assert differences(final(tmp_path / "whole"), final(tmp_path)) == []
+
+
+def test_stopped_again_right_after_the_validation_that_was_run_again(tmp_path: Path) -> None:
+    """The checkpoint of the first stop would run that validation, and log it, once more."""
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    rare = {"every_n_steps": 0, "every_n_epochs": 0}
+    assert exit_code(fit, tmp_path / "whole", []) == 0
+    folder = tmp_path / "stopped"
+    for hook, call in (("on_validation_batch_start", 8), ("on_train_epoch_end", 1)):
+        callbacks = [Preemption(), resume_callback(**rare), At(hook, call, signal.SIGTERM)]
+        assert exit_code(fit, folder, callbacks, newest_checkpoint(folder)) == EXIT_CODE
+        assert [path.name for path in checkpoints_newest_first(folder)] == ["step=10.ckpt"]
+    assert exit_code(fit, folder, [resume_callback(**rare)], newest_checkpoint(folder)) == 0
+    assert differences(final(tmp_path / "whole"), final(folder)) == []
 
 
 class Twice(At):
@@ -211,6 +229,55 @@ def test_two_ranks_stop_at_the_same_step_when_one_is_signalled(tmp_path: Path) -
 
     assert two_ranks(tmp_path, callbacks) == [EXIT_CODE, EXIT_CODE]
     assert [path.name for path in checkpoints_newest_first(tmp_path)] == ["step=8.ckpt"]
+
+
+class FullDisk(Callback):
+    """Lets the first rank fail to write one checkpoint; `told-<rank>` says what each rank was told."""
+
+    def __init__(self, name: str, times: int) -> None:
+        super().__init__()
+        self.name, self.times = name, times
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        told, real = Path(trainer.default_root_dir, f"told-{trainer.global_rank}"), AtomicCheckpointIO.save_checkpoint
+
+        def save(writer: Any, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+            if Path(path).name == self.name and self.times > 0:
+                self.times -= 1
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(writer, checkpoint, path, storage_options)
+
+        def show(message: Warning | str, category: type[Warning], *args: Any) -> None:
+            if issubclass(category, RuntimeWarning):
+                told.write_text(str(message))
+
+        AtomicCheckpointIO.save_checkpoint = save  # type: ignore[method-assign]
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        number = getattr(exception, "errno", None)
+        Path(trainer.default_root_dir, f"told-{trainer.global_rank}").write_text(f"{number}: {exception}")
+
+
+def test_a_write_that_fails_on_one_of_two_ranks_fails_on_both(tmp_path: Path) -> None:
+    """That of the last epoch fails, the one at the end of the training, which is due to that, does not."""
+    assert two_ranks(tmp_path, lambda rank: [resume_callback(every_n_steps=0), FullDisk("step=15.ckpt", 1)]) == [0, 0]
+    assert [path.name for path in checkpoints_newest_first(tmp_path)] == ["step=15.ckpt", "step=10.ckpt"]
+    for rank, cause in ((0, "No space left on device"), (1, "another process failed to write it")):
+        told = (tmp_path / f"told-{rank}").read_text()
+        assert "step=15.ckpt could not be written" in told
+        assert cause in told
+        assert told.endswith("step=10.ckpt; the training goes on and will try again")
+
+
+def test_a_last_write_that_fails_on_one_of_two_ranks_is_an_error_on_both(tmp_path: Path) -> None:
+    assert two_ranks(tmp_path, lambda rank: [resume_callback(every_n_steps=0), FullDisk("step=15.ckpt", 2)]) == [1, 1]
+    for rank, number in ((0, errno.ENOSPC), (1, errno.EIO)):
+        told = (tmp_path / f"told-{rank}").read_text()
+        assert f"{number}: " in told
+        assert "step=15.ckpt could not be written" in told
+        assert told.endswith("step=10.ckpt")
 
 
 def test_a_slurm_job_is_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

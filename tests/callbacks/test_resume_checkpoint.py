@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import Trainer
 
-from callbacks.resume_checkpoint import newest_checkpoint
+from callbacks.checkpoint_files import checkpoints_newest_first, newest_checkpoint
 from tests.callbacks.toy import KILL, At, Toy, ToyData, differences, exit_code, final, fit, resume_callback
 
 
@@ -88,6 +89,35 @@ def test_every_checkpoint_of_a_run_continues_it(tmp_path: Path, uninterrupted: A
         assert exit_code(fit, folder, [resume_callback(every_n_steps=0, every_n_epochs=0)], file) == 0
         if file.name != "step=15.ckpt":
             assert differences(uninterrupted(), final(folder)) == [], file.name
+
+
+def steps_of(folder: Path) -> list[int]:
+    """Steps of the checkpoints that are there, the newest first."""
+    return [int(path.stem.partition("=")[2]) for path in checkpoints_newest_first(folder)]
+
+
+def test_damaged_checkpoints_of_later_steps_do_not_outlive_a_resume(tmp_path: Path) -> None:
+    fit(tmp_path, [resume_callback(every_n_steps=3, every_n_epochs=0, keep=5)])
+    for step in (12, 15):
+        path = tmp_path / "checkpoints" / f"step={step}.ckpt"
+        path.write_bytes(path.read_bytes()[:100])
+        os.utime(path, (2**32, 2**32))  # the order of times is that in which a copy was made
+    found = newest_checkpoint(tmp_path)
+    assert steps_of(tmp_path) == [15, 12, 9, 6, 3]
+    assert found == tmp_path / "checkpoints" / "step=9.ckpt"
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(tmp_path, [resume_callback(keep=9), At("on_train_batch_start", 3, RuntimeError("stopped"))], found)
+    assert steps_of(tmp_path) == [11, 10, 9, 6, 3]
+
+
+def test_good_checkpoints_of_later_steps_are_the_first_to_be_pruned(tmp_path: Path) -> None:
+    fit(tmp_path, [resume_callback(every_n_steps=3, every_n_epochs=0, keep=5)])
+    earlier = tmp_path / "checkpoints" / "step=6.ckpt"
+    for keep, left in ((4, [15, 7, 6, 3]), (3, [7, 6, 3])):  # a fit that was told to go back
+        stop = At("on_train_batch_start", 2, RuntimeError("stopped"))
+        with pytest.raises(RuntimeError, match="stopped"):
+            fit(tmp_path, [resume_callback(keep=keep), stop], earlier)
+        assert steps_of(tmp_path) == left
 
 
 def test_lightning_leaves_the_loader_as_it_is(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,21 @@ def test_loss_at_ln_k(tmp_path: Path) -> None:
         fit(tmp_path, [CollapseMonitor(every_n_steps=1, patience=3)], make=Stuck)
 
 
+@pytest.mark.parametrize(("loss", "warned"), [(1, True), (2, False)])
+def test_loss_at_ln_k_with_accumulated_gradients(loss: int, warned: bool, tmp_path: Path) -> None:
+    """The loss that the module has returned counts, not what Lightning has divided it by."""
+
+    class Stuck(Watched):
+        def training_step(self, batch: Any) -> Tensor:
+            return 0 * super().training_step(batch) + loss * math.log(4)
+
+    monitor = CollapseMonitor(every_n_steps=1, patience=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(tmp_path, [monitor], make=Stuck, max_epochs=1, accumulate_grad_batches=2)
+    assert any("stayed at ln 4" in str(w.message) for w in caught) == warned
+
+
 def test_entropy_and_spread_by_hand() -> None:
     p = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])
     torch.testing.assert_close(entropy(p), torch.tensor([math.log(2), 0.0]))
@@ -156,6 +172,23 @@ def test_nonfinite_stops_and_names_the_last_good_checkpoint(where: str, tmp_path
     assert caught.value.name == ("loss" if where == "loss" else "train/other")
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step=5.ckpt", "step=6.ckpt"]
+
+
+@pytest.mark.parametrize("where", ["own", "foreign"])
+def test_nonfinite_right_after_a_resume_names_the_checkpoint_that_it_came_from(where: str, tmp_path: Path) -> None:
+    class Broken(Toy):
+        def training_step(self, batch: Any) -> Tensor:
+            return super().training_step(batch) * math.nan
+
+    for name in ("own", "foreign"):
+        (tmp_path / name).mkdir()
+    fit(tmp_path / "own", [resume_callback(every_n_steps=0)], max_epochs=1)
+    checkpoint = tmp_path / "own" / "checkpoints" / "step=5.ckpt"
+    with pytest.raises(NonFiniteError) as caught:
+        fit(tmp_path / where, [resume_callback(), NonFiniteGuard()], checkpoint, make=Broken)
+    assert caught.value.step == 5
+    assert caught.value.checkpoint == (checkpoint if where == "own" else None)
+    assert ("there is no checkpoint yet" in str(caught.value)) == (where == "foreign")
 
 
 def test_figures_are_saved_inside_the_directory_and_closed(tmp_path: Path) -> None:

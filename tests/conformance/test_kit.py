@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from zoo.errors import UsageError
 from zoo.main import main
 from zoo.testing import CHECKS, Report, check_method
+from zoo.testing.ranks import metric_differences
 
 SOURCE = Path(__file__).parent / "exemplary"
 
@@ -182,6 +184,72 @@ def test_golden_losses_catch_another_trajectory(plugin: Callable[..., Path], tmp
     assert "loss 7 is" in other.outcomes[0].text
     assert "stored with python 3.10.0" in other.outcomes[0].text
     assert check_method("exemplary", only=["golden"], golden=tmp_path / "none").named("skipped") == ["golden"]
+
+
+#: Options that the card of a plugin gives to checks.
+OPTIONS = {
+    "documented": {"model.lr": 0.05},
+    "hyperparameters": {"model.lr": 0.05},
+    "finite": {"model.lr": 1e38},
+    "figures": {"model.lr": 0.05},
+    "misuse": {"model.lr": 0.05},
+    "replay": {"trainer.limit_predict_batches": None},
+    "resume": {"model.lr": 0.05},
+}
+
+
+def test_a_check_is_made_with_its_options_and_with_no_others(plugin: Callable[..., Path]) -> None:
+    plugin(
+        "method.py",
+        ("compiles=True", f"compiles=True, check_options={OPTIONS!r}"),
+        ('return {"weights": figure}', 'return {"weights": figure if self.hparams["lr"] == 0.05 else 3}'),
+    )
+    report = check_method("exemplary", only=["smoke", "gradients", *OPTIONS])
+    text = {outcome.check.name: outcome.text for outcome in report.outcomes}
+    assert report.named("failed", "blocked") == ["finite"], str(report)
+    assert "the smoke config with the options of this check: loss is" in text["finite"]
+    assert text["documented"] == "nothing here depends on model.lr 0.05"
+    assert text["replay"] == "with trainer.limit_predict_batches None"
+    for name in ("hyperparameters", "figures", "misuse", "resume"):
+        assert text[name].endswith("with model.lr 0.05"), str(report)
+    assert " with " not in text["smoke"] + text["gradients"]
+
+
+def test_golden_losses_are_made_with_the_options_of_their_check(plugin: Callable[..., Path], tmp_path: Path) -> None:
+    plugin("method.py", ("compiles=True", 'check_options={"golden": {"model.lr": 0.05}}'))
+    assert main(["check", "exemplary", "--update-golden", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "exemplary.json").read_text())["options"] == {"model.lr": 0.05}
+    assert check_method("exemplary", only=["golden"], golden=tmp_path).named("passed") == ["golden"]
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "messages"),
+    [
+        ("return", ["val/acc is not logged by two processes"]),
+        (
+            'right = right * float("nan"); self.log("val/more", right, sync_dist=True)',
+            ["val/acc is nan with two processes", "val/more is logged by two processes alone"],
+        ),
+    ],
+)
+def test_an_evaluation_by_two_processes_has_to_give_the_same_metrics(
+    spoilt: str, messages: list[str], plugin: Callable[..., Path]
+) -> None:
+    log = "        self.log_dict({f"
+    plugin("method.py", (log, f"        if self.trainer.world_size == 2:\n            {spoilt}\n{log}"))
+    report = check_method("exemplary", only=["ranks_evaluation"])
+    assert report.named("failed") == ["ranks_evaluation"], str(report)
+    assert [message for message in messages if message not in report.outcomes[0].text] == []
+
+
+def test_an_evaluation_that_logs_nothing_is_not_compared() -> None:
+    assert metric_differences({"test/acc": 1.0}, {}) == ["nothing is logged as val/..."]
+    assert metric_differences({"val/acc": 1.0, "train/x": 2.0}, {"val/acc": 1.0}) == []
+
+
+def test_a_check_that_is_not_there_is_told() -> None:
+    with pytest.raises(UsageError, match="there is no check 'resum'\ndid you mean 'resume'.* accepted: .*importable"):
+        check_method("suave", only=["smoke", "resum"])
 
 
 def test_a_skipped_check_shows_its_reason(plugin: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:

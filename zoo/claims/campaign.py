@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from zoo.claims.fingerprint import class_paths, code_files, digest
 from zoo.claims.plan import PLACEHOLDER, Plan, Run
-from zoo.config import load_layers, parse_yaml
+from zoo.config import load_layers, option_text
 from zoo.errors import UsageError
 from zoo.runs import read_json, write_atomically
 
@@ -71,15 +71,6 @@ class Task:
         return [c for c in self.run.commands if stages.get(c, {}).get("status") != "finished"]
 
 
-def option_text(key: str, value: Any) -> str:
-    """Return `--key=value` so that the command line reads `value` again."""
-    if isinstance(value, str):
-        # a name such as `suave` is not YAML; a text that YAML would read as something else is quoted
-        plain = key in ("model", "data") or parse_yaml(value, key) == value
-        return f"--{key}={value if plain else json.dumps(value)}"
-    return f"--{key}={json.dumps(value)}"
-
-
 def fingerprints(plan: Plan, seeds: Sequence[int]) -> dict[str, dict[int, str]]:
     """Return the hash of each run for each seed: config, options, code, and the runs that it needs.
 
@@ -88,7 +79,7 @@ def fingerprints(plan: Plan, seeds: Sequence[int]) -> dict[str, dict[int, str]]:
     """
     out: dict[str, dict[int, str]] = {}
     for run in plan.runs.values():
-        options = [option_text(key, value)[2:].partition("=") for key, value in run.overrides.items()]
+        options = [option_text(key, value).partition("=") for key, value in run.overrides.items()]
         config = load_layers(run.configs, [(key, text) for key, _, text in options]).merged
         content = {
             "config": config,
@@ -114,9 +105,10 @@ def plan_tasks(plan: Plan, seeds: Sequence[int], root: Path) -> list[Task]:
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """Return the checkpoint of a run that was written last."""
-    found = (directory / "checkpoints").glob("*.ckpt")
-    return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)
+    """Return the checkpoint of a run with the highest step."""
+    from callbacks.checkpoint_files import recency
+
+    return max((directory / "checkpoints").glob("*.ckpt"), key=recency, default=None)
 
 
 class Observer(Protocol):
@@ -266,7 +258,7 @@ class Campaign:
         if command != "fit" and checkpoint is not None:
             overrides.setdefault("ckpt_path", str(checkpoint))
         configs = [word for name in task.run.configs for word in ("--config", name)]
-        options = [option_text(key, value) for key, value in overrides.items()]
+        options = [f"--{option_text(key, value)}" for key, value in overrides.items()]
         return [command, *configs, "--run_dir", str(task.directory), *options]
 
     def _fill(self, value: Any, task: Task) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from zoo.api import words
 from zoo.claims.reader import claims_files, load_plan, scales
 from zoo.config import load_file, shipped_configs
 from zoo.errors import UsageError
@@ -57,9 +58,7 @@ def replay(subject: Subject) -> Verdict:
     """A short run, its saved config, and the printed config of the same call: one config, one run."""
     first = subject.fit("short", SHORT)
     call = subject.words(SHORT)
-    options = [word for path in call["config"] for word in ("--config", str(path))]
-    options += [f"--{key}={value}" for key, value in call["overrides"].items()]
-    code, printed, err = command_line(["fit", *options, "--print_config"])
+    code, printed, err = command_line(["fit", *words(call["config"], call["overrides"], {}), "--print_config"])
     if code != 0:
         raise Violation(f"--print_config: {err.strip()}")
     saved = yaml.safe_load((first.folder / "config.yaml").read_text(encoding="utf-8"))

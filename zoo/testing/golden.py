@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from zoo.runs import read_json, versions, write_atomically
 from zoo.testing.kit import NotApplicable, Verdict, Violation, check
@@ -42,10 +43,16 @@ def _other_versions(stored: dict[str, str]) -> str:
 
 
 def write_golden(subject: Subject) -> Path:
-    """Store the first losses of the smoke config in the subject's folder of golden curves."""
+    """Store the first losses of the smoke config in the subject's folder of golden curves.
+
+    They are those that the check will look at: made with its options, if the card has any.
+    """
     path = subject.golden / f"{subject.entry.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = {name: v for name, v in versions().items() if name != "method-zoo"}
-    content = {"config": f"{subject.entry.name}/smoke", "versions": kept, "losses": subject.recorder.losses[:STEPS]}
+    content: dict[str, Any] = {"config": f"{subject.entry.name}/smoke"}
+    with subject.under("golden") as options:
+        content |= {"options": options} if options else {}
+        content |= {"versions": kept, "losses": subject.recorder.losses[:STEPS]}
     write_atomically(path, json.dumps(content, indent=1) + "\n")
     return path

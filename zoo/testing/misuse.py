@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from zoo.api import words
 from zoo.checks import parameters
 from zoo.testing.kit import Verdict, Violation, check
 from zoo.testing.subject import Subject, command_line
@@ -13,7 +14,7 @@ MOST_LINES = 5
 
 def mistakes(subject: Subject) -> Iterator[tuple[str, list[str], str]]:
     """Yield mistakes with this method: what it is, the words on the command line, a word that the answer must have."""
-    config = ["--config", str(subject.smoke)]
+    config = words(subject.smoke, subject.options, {})
     name = subject.entry.name
     yield "unknown method", [*config, "--model", f"{name}x"], name
     yield "unknown config", ["--config", f"{name}/smok"], f"{name}/smoke"
@@ -42,13 +43,11 @@ def misuse(subject: Subject) -> Verdict:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     count = 0
     tried = [*mistakes(subject), ("a second run in the directory", ["--config", str(subject.smoke)], "already holds")]
-    for what, words, wanted in tried:
-        code, _, err = command_line(["fit", *words, "--run_dir", str(run), "--wandb", "disabled"])
+    for what, call, wanted in tried:
+        code, _, err = command_line(["fit", *call, "--run_dir", str(run), "--wandb", "disabled"])
         lines = [line for line in err.splitlines() if line.strip()]
         if code != 2 or len(lines) > MOST_LINES or wanted not in err or "Traceback" in err:
-            raise Violation(
-                f"{what} ({' '.join(words[2:])}): exit code {code}, {len(lines)} lines: {err.strip()[:300]}"
-            )
+            raise Violation(f"{what} ({' '.join(call[2:])}): exit code {code}, {len(lines)} lines: {err.strip()[:300]}")
         count += 1
     if {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} != before:
         raise Violation(f"files of the earlier run were touched: {run}")

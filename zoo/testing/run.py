@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from zoo.card import Card
+from zoo.errors import UsageError, did_you_mean
 from zoo.testing.catalogue import CHECKS
 from zoo.testing.kit import Broken, Check, NotApplicable, Outcome, Report, Violation
 from zoo.testing.subject import Subject, reason
@@ -37,8 +38,12 @@ def check_method(
         The outcomes; `report.ok` says whether the method keeps the contract.
 
     Raises:
-        UsageError: If there is no such method.
+        UsageError: If there is no such method, or no such check.
     """
+    known = [one.name for one in CHECKS]
+    for wanted in only:
+        if wanted not in known:
+            raise UsageError(f"only: there is no check {wanted!r}", did_you_mean(wanted, known, show=len(known)))
     folder = Path(tempfile.mkdtemp(prefix="zoo-check-"))
     try:
         subject = Subject(name, folder, golden)
@@ -64,9 +69,10 @@ def outcome(one: Check, subject: Subject) -> Outcome:
         card = getattr(subject.cls, "card", None)
         if isinstance(card, Card) and one.name in card.skip_checks:
             return ended("skipped", card.skip_checks[one.name])
-        subject.options = dict(card.check_options.get(one.name, {})) if isinstance(card, Card) else {}
-        changed = [f"with {key} {value}" for key, value in subject.options.items()]
-        return ended("passed", "; ".join(filter(None, [one(subject), *changed])))
+        with subject.under(one.name) as options:
+            note = one(subject)
+        how = "with" if subject.options_used else "nothing here depends on"
+        return ended("passed", "; ".join(filter(None, [note, *(f"{how} {k} {v}" for k, v in options.items())])))
     except NotApplicable as found:
         return ended("skipped", str(found))
     except Violation as found:
@@ -75,5 +81,3 @@ def outcome(one: Check, subject: Subject) -> Outcome:
         return ended("failed" if found.owner == one.name else "blocked", str(found))
     except Exception as error:
         return ended("failed", reason(error))
-    finally:
-        subject.options = {}

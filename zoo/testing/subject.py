@@ -32,12 +32,14 @@ from zoo.errors import UsageError
 from zoo.main import main
 from zoo.runs import RunResult
 from zoo.testing.compare import unmeasured
-from zoo.testing.kit import Broken
+from zoo.testing.kit import Broken, Violation
 from zoo.testing.probes import Recorder
 
 #: A few steps, a little validation.
 SHORT = {"trainer.max_steps": 3, "trainer.limit_val_batches": 1, "trainer.enable_model_summary": False}
 CHILD_SECONDS = 300.0
+#: What the runs without options of a check are kept by.
+AS_SHIPPED = "[]"
 #: Parts of a checkpoint that say how far the loops are; the metrics and steps show the same.
 LOOPS = ("loops", "zoo", "pytorch-lightning_version")
 
@@ -90,8 +92,33 @@ class Subject:
         self.name, self.folder, self.golden = name, folder.absolute(), golden.absolute()
         self.entry = registry.find("methods", name)
         self._count = 0
-        #: Laid over every config that a check makes, see `Card.check_options`.
-        self.options: dict[str, Any] = {}
+        self._options: dict[str, Any] = {}
+        #: Whether the check in progress has made or asked for anything that its options change.
+        self.options_used = False
+        # by the options that they were made with
+        self._bases: dict[str, Run | Broken | Violation] = {}
+        self._evaluations: dict[str, dict[str, Run | Broken | Violation]] = {}
+
+    @contextlib.contextmanager
+    def under(self, check: str) -> Iterator[dict[str, Any]]:
+        """For a while, let everything be made with the options that the card wants for a check; yields them."""
+        card = getattr(self.cls, "card", None)
+        self._options = dict(card.check_options.get(check, {})) if isinstance(card, Card) else {}
+        self.options_used = False
+        try:
+            yield self._options
+        finally:
+            self._options = {}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Laid over every config that the check in progress makes, see `Card.check_options`."""
+        self.options_used = True
+        return self._options
+
+    @property
+    def _made_with(self) -> str:
+        return repr(sorted(self.options.items()))
 
     @cached_property
     def cls(self) -> type[LightningModule]:
@@ -132,10 +159,11 @@ class Subject:
         except UsageError as error:
             raise Broken("smoke", str(error)) from error
 
-    @cached_property
+    @property
     def config(self) -> dict[str, Any]:
-        """The smoke config, names resolved."""
-        return load_layers([self.smoke], ()).merged
+        """The smoke config with the options of the check in progress, names resolved."""
+        given = [word.removeprefix("--").partition("=") for word in words((), self.options, {})]
+        return load_layers([self.smoke], [(key, text) for key, _, text in given]).merged
 
     def new_folder(self, tag: str) -> Path:
         """A directory that is not there yet."""
@@ -153,9 +181,7 @@ class Subject:
         Raises:
             Broken: If it is known already that the config cannot be trained as it is shipped.
         """
-        known = self.__dict__.get("_base")
-        if isinstance(known, Broken):
-            raise known
+        self._refuse_if_broken()
         return in_process("fit", run_dir=self.new_folder(tag), **self.words(overrides, callbacks))
 
     def child(
@@ -185,56 +211,67 @@ class Subject:
             for rank in ranks:
                 rank.kill()
 
-    @cached_property
-    def _base(self) -> Run | Broken:
-        try:
-            call = {"config": self.smoke, "overrides": {"trainer.callbacks+": [probe(Recorder)]}}
-            return in_process("fit", run_dir=self.new_folder("smoke"), **call)
-        except Exception as error:
-            return Broken(_owner(error), reason(error))
+    def _refuse_if_broken(self) -> None:
+        known = self._bases.get(AS_SHIPPED)
+        if isinstance(known, Broken):
+            raise known
+
+    def _problem(self, owner: str, text: str) -> Broken | Violation:
+        """What does not work as shipped is the matter of one check; with options, of the check that has them."""
+        if self.options:
+            return Violation(f"the smoke config with the options of this check: {text}")
+        return Broken(owner, text)
 
     @property
     def base(self) -> Run:
-        """The smoke config as it is shipped, trained and watched.
+        """The smoke config, with the options of the check in progress, trained and watched; once for all with the same.
 
         Raises:
-            Broken: If it cannot be trained.
+            Broken: If it cannot be trained as it is shipped.
+            Violation: If it cannot be trained with the options.
         """
         self.card, self.smoke  # noqa: B018 - their absence is a matter of other checks
-        if isinstance(self._base, Broken):
-            raise self._base
-        return self._base
+        self._refuse_if_broken()
+        if self._made_with not in self._bases:
+            try:
+                found: Run | Broken | Violation = self.fit("smoke", {}, [probe(Recorder)])
+            except Exception as error:
+                found = self._problem(_owner(error), reason(error))
+            self._bases[self._made_with] = found
+        return _or_raised(self._bases[self._made_with])
 
     @property
     def recorder(self) -> Recorder:
         """What was seen in `base`."""
         return self.base.callback(Recorder)
 
-    @cached_property
-    def _evaluations(self) -> dict[str, Run | Broken]:
-        commands = ["validate", "test"]
-        if self.cls.predict_step is not LightningModule.predict_step:
-            commands.append("predict")
-        out: dict[str, Run | Broken] = {}
-        for command in commands:
-            try:
-                out[command] = in_process(command, run_dir=self.base.folder)
-            except Exception as error:
-                out[command] = Broken("smoke", f"{command}: {reason(error)}")
-        return out
+    def _evaluated(self, command: str, folder: Path) -> Run | Broken | Violation:
+        try:
+            return in_process(command, run_dir=folder)
+        except Exception as error:
+            return self._problem("smoke", f"{command}: {reason(error)}")
 
     @property
     def evaluations(self) -> dict[str, Run]:
-        """`validate`, `test` and, where the method has it, `predict` of the trained smoke config.
+        """`validate`, `test` and, where the method has it, `predict` of `base`.
 
         Raises:
-            Broken: If one of them does not run.
+            Broken: If one of them does not run as it is shipped.
+            Violation: If one of them does not run with the options of the check in progress.
         """
-        self.base  # noqa: B018
-        for found in self._evaluations.values():
-            if isinstance(found, Broken):
-                raise found
-        return {command: found for command, found in self._evaluations.items() if isinstance(found, Run)}
+        folder = self.base.folder
+        if self._made_with not in self._evaluations:
+            commands = ["validate", "test"]
+            if self.cls.predict_step is not LightningModule.predict_step:
+                commands.append("predict")
+            self._evaluations[self._made_with] = {command: self._evaluated(command, folder) for command in commands}
+        return {command: _or_raised(found) for command, found in self._evaluations[self._made_with].items()}
+
+
+def _or_raised(found: Run | Broken | Violation) -> Run:
+    if isinstance(found, Run):
+        return found
+    raise found
 
 
 def probe(kind: type[Callback], **options: Any) -> dict[str, Any]:
