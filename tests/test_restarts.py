@@ -123,6 +123,12 @@ def test_a_requeued_job_goes_on(
     assert "starting from:" in said
 
 
+def test_a_requeued_job_without_a_model_is_told_so(launched: pytest.MonkeyPatch) -> None:
+    launched.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(UsageError, match="no model is given"):
+        zoo.run("fit", overrides={"model.lr": 0.1})
+
+
 @contextmanager
 def full_disk() -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -69,7 +69,7 @@ def compose(options: Options) -> tuple[Layers, Path | None]:
     evaluates = options.command != "fit" and options.run_dir and not typed.merged.get("ckpt_path")
     if evaluates and (Path(str(options.run_dir)) / "config.yaml").is_file():
         options.resume = options.run_dir
-    if options.command == "fit" and options.resume is None and runs.restarts() and typed.merged.get("model"):
+    if options.command == "fit" and options.resume is None and runs.restarts():
         _go_on_after_restart(options, typed)
     if options.resume is not None:
         run_dir = Path(options.resume)
@@ -109,8 +109,11 @@ def compose(options: Options) -> tuple[Layers, Path | None]:
 
 def _go_on_after_restart(options: Options, typed: Layers) -> None:
     """Turn a fit that a launcher starts once more into a resume of the run that it had begun."""
-    method = display_name("methods", typed.merged["model"]["class_path"])
-    directory = Path(options.run_dir) if options.run_dir else runs.choose_run_dir(method, config_name(options))
+    model = typed.merged.get("model", {}).get("class_path")
+    if options.run_dir is None and model is None:
+        return  # no model is given, as is said soon
+    name = config_name(options)
+    directory = Path(options.run_dir or runs.choose_run_dir(display_name("methods", model), name))
     if (directory / "config.yaml").is_file() and not runs.RunDirectory(directory).unused:
         options.resume, options.run_dir = str(directory), None
         if runs.global_rank() == 0:

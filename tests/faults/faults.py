@@ -158,7 +158,7 @@ def interrupt(folder: Path, draw: random.Random) -> str:
     assert code == 130, f"exit code {code}: {child.output()[-500:]}"
     assert_short(child.output(), f"stopped at step {step}; go on: zoo fit --resume run\n")
     assert newest_step(folder) == step
-    assert_same(resumed(folder, trainer__callbacks="null", checkpoint__every_n_steps=EVERY), undisturbed(folder))
+    assert_same(resumed(folder, trainer__callbacks=None, checkpoint__every_n_steps=EVERY), undisturbed(folder))
     return f"at step {step}"
 
 
@@ -181,7 +181,7 @@ def full_disk_to_the_end(folder: Path, draw: random.Random) -> str:
     assert child.wait(TIMEOUT) == 1
     assert 0 < newest_step(folder) <= first
     assert not list((folder / "run").rglob("*.tmp")), "remains of files"
-    assert_same(resumed(folder, trainer__callbacks="null"), undisturbed(folder))
+    assert_same(resumed(folder, trainer__callbacks=None), undisturbed(folder))
     return f"no space from step {first} on"
 
 
@@ -251,7 +251,7 @@ def data_vanish(folder: Path, draw: random.Random) -> str:
     code = child.wait(TIMEOUT)
     assert code == 1, f"exit code {code}: {child.output()[-500:]}"
     assert_short(child.output(), "points.npy", "--resume")
-    assert_same(resumed(folder, trainer__callbacks="null"), undisturbed(folder))
+    assert_same(resumed(folder, trainer__callbacks=None), undisturbed(folder))
     return f"after step {step}"
 
 
@@ -268,7 +268,7 @@ def corrupt_checkpoint(folder: Path, draw: random.Random) -> str:
         place = content.find(b"PK\x01\x02") - draw.randrange(200, 2000)
         content[place] ^= 0xFF
     newest.write_bytes(content if how == "changed" else content[:place])
-    run = resumed(folder, trainer__callbacks="null")
+    run = resumed(folder, trainer__callbacks=None)
     assert_same(run, undisturbed(folder))
     assert how == "changed" or f"{newest.name} is damaged; trying the one before" in run.output, run.output
     return f"{how} at byte {place} of {len(content)}"
@@ -308,7 +308,7 @@ def worker_killed(folder: Path, draw: random.Random) -> str:
     child = fit(folder, [disturb], data__num_workers=2)
     assert child.wait(TIMEOUT) == 1, child.output()[-500:]
     assert_short(child.output(), "worker")
-    assert_same(resumed(folder, trainer__callbacks="null"), undisturbed(folder))
+    assert_same(resumed(folder, trainer__callbacks=None), undisturbed(folder))
     return f"after step {step}"
 
 

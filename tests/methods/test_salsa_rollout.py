@@ -91,8 +91,8 @@ def test_the_reward_model_reads_prompt_and_answer_and_demonstrations_have_mean_z
 @pytest.mark.parametrize("value", ["separate", "shared"])  # likelihoods of the sampler, and of a pass of the trainer
 @pytest.mark.parametrize("temperature", [0.7, 1.6])
 def test_the_unchanged_policy_has_no_kl_at_any_temperature(value: str, temperature: float) -> None:
-    module = make(reference={"mode": "sft"}, temperature=temperature, value=value, beta=0.5)
-    module.gold = lambda prompts, tokens, mask: torch.zeros(len(prompts))  # type: ignore[method-assign]
+    module: Any = make(reference={"mode": "sft"}, temperature=temperature, value=value, beta=0.5)
+    module.gold = lambda prompts, tokens, mask: torch.zeros(len(prompts))
     rollout, means = module.collect(BATCH, 0)
     assert float(means["kl"]) == pytest.approx(0, abs=1e-5)
     assert float(means["k3"]) == pytest.approx(0, abs=1e-6)
