@@ -255,7 +255,7 @@ def test_a_whole_analysis_from_files(stub: Stub, tmp_path: Path) -> None:
         "model.studies": ["curves", "pass_at_k", "optimise", "transfer"],
         "model.analysis": {"pass_samples": 4, "guess_samples": 4, "candidates": 8, "choice_samples": 4},
         "data.path": str(problems),
-        "data.template": "Question {question}\n",
+        "data.template": "Question {question}",
     }
     call: dict[str, Any] = {"config": "cot_potential/server", "wandb": "disabled"}
     found = run("test", overrides=overrides, run_dir=tmp_path / "test", **call)
@@ -283,7 +283,7 @@ def test_an_analysis_that_broke_off_goes_on_and_asks_nothing_twice(stub: Stub, t
         "model.budget": 40,
         "model.studies": ["curves"],
         "data.path": str(problems),
-        "data.template": "Question {question}\n",
+        "data.template": "Question {question}",
     }
     own, stub.fail_from = tmp_path / "run", 9
     with pytest.raises(RunError, match="what was drawn is kept"):
