@@ -16,8 +16,9 @@ import yaml
 
 import zoo
 from callbacks.figures import Figures
+from tests.support import toy
 from zoo import runs
-from zoo.errors import UsageError
+from zoo.errors import RunError, UsageError
 
 TOY = str(Path(__file__).parent / "support" / "toy.yaml")
 
@@ -146,6 +147,18 @@ def test_a_full_disk_at_the_start_leaves_no_lock() -> None:
         fit("r")
     assert not runs._HELD
     assert fit("r").exit_code == 0
+
+
+@pytest.mark.parametrize("kind", [EOFError, ConnectionResetError])
+def test_a_loader_process_that_dies_while_its_batch_is_fetched(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rebuild_storage_fd(*_: object) -> None:
+        raise kind
+
+    monkeypatch.setattr(toy.Toy, "training_step", rebuild_storage_fd)
+    with pytest.raises(RunError, match="a loader process has died: a worker was cut off"):
+        fit("r")
 
 
 def test_a_class_in_a_broken_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,9 @@ from zoo.new_options import NewOptions
 from zoo.options import Options
 from zoo.output import short, unstoppable_output
 
+#: Functions of torch that take a batch over from a loader process.
+FETCHING = ("rebuild_storage_fd", "rebuild_storage_filename")
+
 #: Strategies of Lightning that write a checkpoint in shards, by themselves; `zoo.nn.fsdp2` assembles one file.
 SHARDED = ("'fsdp", "deepspeed", "DeepSpeed", "ModelParallel", "FSDPStrategy")
 
@@ -366,9 +369,11 @@ class Job:
             raise RunError(
                 f"{error.strerror or first}", f"make room on the disk, {go_on}", detail=traceback.format_exc()
             ) from error
-        if isinstance(error, RuntimeError) and "DataLoader worker" in first:
+        # a process that dies while a batch of it is being fetched leaves a connection that ends
+        cut_off = isinstance(error, EOFError | ConnectionError) and _raised_in(error.__traceback__, FETCHING)
+        if cut_off or (isinstance(error, RuntimeError) and "DataLoader worker" in first):
             raise RunError(
-                f"a loader process has died: {first.strip()}",
+                f"a loader process has died: {first.strip() or 'a worker was cut off'}",
                 f"if memory was short, use fewer data.init_args.num_workers; {go_on}",
                 detail=traceback.format_exc(),
             ) from error
