@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from tests.methods.test_dynamoe_module import batch, made
-from zoo.methods.dynamoe.losses import importance
 from zoo.methods.dynamoe.module import DynaMoE
 from zoo.methods.dynamoe.networks import matrix, router_parameters
 from zoo.methods.dynamoe.routes import Mixture, Route
@@ -90,7 +89,7 @@ def test_a_tenth_of_the_training_is_unrouted_by_default() -> None:
 
 
 def measured(model: DynaMoE, numbers: range) -> list[Tensor]:
-    """Importance of the neurons of each layer on some batches, by a pass without any code of the sorting."""
+    """Size of what each neuron adds to the output on some batches, by layer; none of the code of the sorting."""
     inputs: dict[int, list[Tensor]] = {0: [], 1: []}
     handles = [
         mlp.down.register_forward_pre_hook(lambda module, args, layer=mlp.layer: inputs[layer].append(args[0]))
@@ -101,7 +100,8 @@ def measured(model: DynaMoE, numbers: range) -> list[Tensor]:
             model.lm(input_ids=batch(4, seed=10 + number)["input_ids"])
     for handle in handles:
         handle.remove()
-    return [importance(torch.cat(inputs[mlp.layer]), matrix(mlp.down)).detach() for mlp in model.layers]
+    seen = [torch.cat(inputs[mlp.layer]).flatten(0, 1) for mlp in model.layers]
+    return [h.abs().sum(0) * matrix(mlp.down).detach().norm(dim=0) for h, mlp in zip(seen, model.layers, strict=True)]
 
 
 def test_neurons_are_sorted_by_importance_before_the_first_step() -> None:
