@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -193,3 +194,21 @@ def test_info_shows_claims_that_are_still_open(
     monkeypatch.setattr(info, "__file__", str(tmp_path / "a" / "b" / "info.py"))
     info.print_claims("toy")
     assert capsys.readouterr().out.split()[-5:] == ["open-one", "–", "(margin", "+0.1000)", "open"]
+
+
+def test_a_rate_that_was_lowered_on_a_plateau_stays_lowered() -> None:
+    from lightning.pytorch.utilities.types import LRSchedulerConfig
+    from torch import nn, optim
+
+    from zoo.new_options import NewOptions
+
+    optimizer = optim.SGD([nn.Parameter(nn.Linear(1, 1).weight)], lr=0.5, weight_decay=0.25)
+    scheduler = optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    trainer: Any = SimpleNamespace(
+        optimizers=[optimizer], lr_scheduler_configs=[LRSchedulerConfig(scheduler, reduce_on_plateau=True)]
+    )
+    options, module = NewOptions(), toy.Toy(num_classes=2)
+    options.on_fit_start(trainer, module)
+    optimizer.param_groups[0].update(lr=0.05, weight_decay=0.125)  # what a checkpoint restores
+    options.on_train_start(trainer, module)
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (0.05, 0.25)

@@ -294,7 +294,7 @@ def option_text(key: str, value: Any) -> str:
 
 
 def _reads_as_itself(key: str, text: str) -> bool:
-    if key in ("model", "data", "ckpt_path") or key.endswith(".class_path"):  # never read as YAML
+    if key in ("model", "data", "model.class_path", "data.class_path", "ckpt_path"):  # never read as YAML
         return True
     try:
         return bool(_typed_value(text, key) == text)

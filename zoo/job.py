@@ -207,14 +207,7 @@ class Job:
         if continues and self.options.command != "fit":
             return None
         resumed = continues and (directory.path / "config.yaml").exists()
-        try:
-            saved = directory.save_config(yaml.safe_dump(self.config, sort_keys=False), resumed)
-        except OSError as error:
-            directory.release()
-            raise UsageError(
-                f"cannot write to run directory {directory.path}: {error.strerror}",
-                "make room on the disk, or choose another --run_dir",
-            ) from error
+        saved = directory.save_config(yaml.safe_dump(self.config, sort_keys=False), resumed)
         return saved if resumed else None
 
     def _directory(self) -> tuple[Path, bool]:

@@ -15,6 +15,7 @@ class NewOptions(Callback):
     model has changed: a resume with the same options restores what was stored, to the bit.
 
     A learning rate that follows a schedule is where the schedule is, times the ratio of the new and the old peak.
+    One that is lowered on plateaus stays where it has come to.
     """
 
     def __init__(self) -> None:
@@ -30,9 +31,11 @@ class NewOptions(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put back what the config says."""
+        lowered = [config.scheduler.optimizer for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
         for optimizer, built in zip(trainer.optimizers, self._built, strict=True):
+            fixed = any(optimizer is other for other in lowered)
             for group, wanted in zip(optimizer.param_groups, built, strict=True):
-                rate = _rate(group, wanted)
+                rate = group["lr"] if fixed else _rate(group, wanted)
                 group.update({key: value for key, value in wanted.items() if key != "lr"})
                 group["lr"] = rate
         for config in trainer.lr_scheduler_configs:

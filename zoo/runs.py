@@ -217,9 +217,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a")
         except OSError as error:
-            raise UsageError(
-                f"cannot write to run directory {self.path}: {error.strerror}", "choose another --run_dir"
-            ) from error
+            raise self._given_up(error) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -230,11 +228,15 @@ class RunDirectory:
         try:
             self._take(method, config, resume, command, replace)
         except OSError as error:
-            self.release()
-            raise UsageError(
-                f"cannot write to run directory {self.path}: {error.strerror}",
-                "make room on the disk, or choose another --run_dir",
-            ) from error
+            raise self._given_up(error) from error
+
+    def _given_up(self, error: OSError) -> UsageError:
+        """Release the directory, and return what to say."""
+        self.release()
+        return UsageError(
+            f"cannot write to run directory {self.path}: {error.strerror}",
+            "make room on the disk, or choose another --run_dir",
+        )
 
     def _take(self, method: str, config: str, resume: bool, command: str, replace: bool) -> None:
         """Do the part of `claim` that comes after the lock."""
@@ -261,12 +263,19 @@ class RunDirectory:
             self._lock = None
 
     def save_config(self, text: str, resume: bool) -> Path:
-        """Write the config that replays this run: `config.yaml`, on a resume `config.resume-<n>.yaml`."""
+        """Write the config that replays this run: `config.yaml`, on a resume `config.resume-<n>.yaml`.
+
+        Raises:
+            UsageError: If it cannot be written; the directory is released.
+        """
         path = self.path / "config.yaml"
         if resume:
             n = 1 + max(map(_resume_number, self.path.glob("config.resume-*.yaml")), default=0)
             path = self.path / f"config.resume-{n}.yaml"
-        write_atomically(path, text)
+        try:
+            write_atomically(path, text)
+        except OSError as error:
+            raise self._given_up(error) from error
         return path
 
     def add_summary(self, stage: str, status: str, metrics: dict[str, float], facts: dict[str, Any]) -> None:
