@@ -81,10 +81,11 @@ def test_options_that_were_left_to_their_defaults_are_reported(capsys: pytest.Ca
     assert "model.init_args.explode_at: the default -> 99" in capsys.readouterr().err
 
 
-def test_appended_callbacks_come_to_those_of_the_run() -> None:
+def test_appended_callbacks_come_to_those_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     fit("r")
     item = {"class_path": "figures", "init_args": {"dpi": 50}}
     resumed = zoo.run("fit", resume="r", overrides={"trainer.callbacks+": item, "trainer.max_epochs": 3})
+    assert "  trainer.callbacks: +Figures\n" in capsys.readouterr().err
     before = [
         entry["class_path"] for entry in yaml.safe_load(Path("r/config.yaml").read_text())["trainer"]["callbacks"]
     ]

@@ -302,7 +302,7 @@ def _report(title: str, stored: Mapping[str, Any], typed: Layers) -> list[str]:
     """Print what differs from a stored config; returns the keys."""
     new = settled(merge(stored, typed.merged))
     changed, added = differences(stored, new), additions(stored, new)
-    lines = [f"  {key}: {old!r} -> {value!r}" for key, old, value in changed]
+    lines = [f"  {key}: {_change(old, value)}" for key, old, value in changed]
     lines += [f"  {key}: the default -> {value!r}" for key, value in added]
     if lines and runs.global_rank() == 0:
         print(f"{title}:", file=sys.stderr)
@@ -311,6 +311,17 @@ def _report(title: str, stored: Mapping[str, Any], typed: Layers) -> list[str]:
         if len(lines) > DIFFERENCES_SHOWN:
             print(f"  ... and {len(lines) - DIFFERENCES_SHOWN} more", file=sys.stderr)
     return [key for key, *_ in (*changed, *added)]
+
+
+def _change(old: Any, new: Any) -> str:
+    """Say what is new; of lists of classes only the items that come and go."""
+
+    def names(items: list[Any], others: list[Any], sign: str) -> list[str]:
+        return [f"{sign}{item['class_path'].rpartition('.')[2]}" for item in items if item not in others]
+
+    if all(isinstance(value, list) and value and isinstance(value[0], dict) for value in (old, new)):
+        return ", ".join([*names(old, new, "-"), *names(new, old, "+")]) or "another order"
+    return f"{old!r} -> {new!r}"
 
 
 def _show_help(options: Options) -> runs.RunResult:
